@@ -1,0 +1,72 @@
+"""polyrank: one Hugging Face model, fine-tuned by many clients that cannot afford the same LoRA."""
+
+from polyrank.core.fake import FakeClients
+from polyrank.core.federate import absorb, federate, plan, sample
+from polyrank.core.lowrank import (
+    Adapter,
+    LowRank,
+    compress,
+    delta,
+    mean,
+    nbytes,
+    norm,
+    overlay,
+    pad,
+    rescale,
+    stack,
+    truncate,
+)
+from polyrank.core.method import Method
+from polyrank.core.rng import stream
+from polyrank.core.types import (
+    ClientProfile,
+    Clients,
+    LocalTraining,
+    ModelSpec,
+    RoundRecord,
+    ServerState,
+    TailPenalty,
+    Task,
+    Update,
+)
+from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AGGREGATORS",
+    "ALLOCATORS",
+    "DISPATCHERS",
+    "ESTIMATORS",
+    "METHODS",
+    "SCHEDULES",
+    "SCORERS",
+    "Adapter",
+    "ClientProfile",
+    "Clients",
+    "FakeClients",
+    "LocalTraining",
+    "LowRank",
+    "Method",
+    "ModelSpec",
+    "RoundRecord",
+    "ServerState",
+    "TailPenalty",
+    "Task",
+    "Update",
+    "absorb",
+    "compress",
+    "delta",
+    "federate",
+    "mean",
+    "nbytes",
+    "norm",
+    "overlay",
+    "pad",
+    "plan",
+    "rescale",
+    "sample",
+    "stack",
+    "stream",
+    "truncate",
+]
