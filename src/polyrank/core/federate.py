@@ -1,0 +1,210 @@
+"""A round, top to bottom: two pure functions around one exchange.
+
+    tasks   = plan(method, state, ...)
+    updates = clients.fit(tasks)
+    state   = absorb(method, state, updates)
+
+`federate` repeats it and yields after every round; logging, checkpoints and early stopping are what the caller
+does in its own ``for`` loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from polyrank.core.lowrank import Adapter, combine, precision
+from polyrank.core.method import Method
+from polyrank.core.rng import stream
+from polyrank.core.types import (
+    Client,
+    ClientProfile,
+    Clients,
+    LocalTraining,
+    ModelSpec,
+    RoundRecord,
+    ServerState,
+    Task,
+    Update,
+)
+
+
+def sample(clients: Iterable[Client], size: int | None, round_: int, seed: int) -> list[Client]:
+    """The cohort of a round: `size` clients drawn uniformly without replacement (None: everybody), sorted."""
+    everybody = sorted(clients)
+    if size is None or size >= len(everybody):
+        return everybody
+    chosen = stream(seed, "cohort", round_).choice(len(everybody), size=size, replace=False)
+    return sorted(everybody[i] for i in chosen)
+
+
+def plan(
+    method: Method,
+    state: ServerState,
+    profiles: Mapping[Client, ClientProfile],
+    cohort: Sequence[Client],
+    spec: ModelSpec,
+    local: LocalTraining,
+    seed: int,
+) -> dict[Client, Task]:
+    """The tasks of a round: each client's budget, where it goes, and what is sent.
+
+    A layer's rank is at most the server's rank of that layer, and at most what the client has pruned itself to
+    (``state.memory["ranks"]``). A client whose ranks are all 0 still trains the head, if there is one.
+
+    Args:
+        method: the six answers.
+        state: the server's state.
+        profiles: what the clients of the cohort report.
+        cohort: the clients of this round.
+        spec: the adapted modules and their shapes.
+        local: how clients train in this round (see `LocalTraining.at`).
+        seed: the run's seed.
+    """
+    budgets = method.estimate({client: profiles[client] for client in cohort}, spec)
+    scores = method.score(spec, state)
+    factors = method.factors(state.round)
+    dense, frozen_dense = dict(state.adapter.dense), dict(state.folded.dense)
+    if method.dense == "freeze":
+        dense, frozen_dense = {}, dense | frozen_dense
+    tasks = {}
+    for client in sorted(cohort):
+        pruned = state.memory.get("ranks", {}).get(client, {})
+        caps = {name: min(x.rank, pruned.get(name, x.rank)) for name, x in state.adapter.layers.items()}
+        ranks = method.allocate(budgets[client], caps, scores, stream(seed, "allocate", state.round, client))
+        ranks = {name: rank for name, rank in ranks.items() if rank > 0}
+        trained, carried = method.dispatch(state, ranks, stream(seed, "dispatch", state.round, client))
+        frozen = combine([Adapter(state.folded.layers, frozen_dense), Adapter(carried)])
+        tasks[client] = Task(state.round, Adapter(trained, dense), frozen, factors, local, method.penalty, seed)
+    return tasks
+
+
+def absorb(method: Method, state: ServerState, updates: Iterable[Update], seed: int) -> ServerState:
+    """The next state. Updates are taken one by one, in ascending order of client.
+
+    The rule sees the low-rank layers; dense parameters are averaged here, by the rule that ``method.dense`` names,
+    over the clients that sent them. With no updates at all, only the round advances.
+
+    Raises:
+        ValueError: if updates are not in strictly ascending order of client, or carry unknown or misshapen layers.
+    """
+    trained = {} if method.dense == "freeze" else state.adapter.dense
+    dense = _DenseMean(trained, uniform=method.dense == "uniform")
+    rng = stream(seed, "aggregate", state.round)
+    absorbed = method.aggregate(state, dense.watch(_checked(state, updates)), rng)
+    adapter = Adapter(absorbed.adapter.layers, {**state.adapter.dense, **dense.finish()})
+    return replace(absorbed, round=state.round + 1, adapter=adapter)
+
+
+def federate(
+    method: Method,
+    state: ServerState,
+    clients: Clients,
+    spec: ModelSpec,
+    local: LocalTraining,
+    *,
+    rounds: int,
+    cohort: int | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[ServerState, RoundRecord]]:
+    """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each."""
+    profiles = clients.profiles()
+    while state.round < rounds:
+        now = local.at(state.round, rounds)
+        chosen = sample(profiles, cohort, state.round, seed)
+        tasks = plan(method, state, profiles, chosen, spec, now, seed)
+        ledger = _Ledger(tasks, now.lr)
+        state = absorb(method, state, ledger.watch(clients.fit(tasks)), seed)
+        yield state, ledger.record()
+
+
+def _checked(state: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
+    last: Client | None = None
+    for update in updates:
+        if last is not None and update.client <= last:
+            raise ValueError(f"updates must come in ascending order of client: {update.client!r} after {last!r}")
+        last = update.client
+        for name, x in update.adapter.layers.items():
+            held = state.adapter.layers.get(name)
+            if held is None:
+                raise ValueError(f"client {update.client!r} sent layer {name!r}, which the server does not hold")
+            if held.shape != x.shape:
+                raise ValueError(f"client {update.client!r}, layer {name!r}: shape {x.shape}, not {held.shape}")
+        for name, tensor in update.adapter.dense.items():
+            if name in state.adapter.dense and tensor.shape != (due := state.adapter.dense[name].shape):
+                shapes = f"shape {tuple(tensor.shape)}, not {tuple(due)}"
+                raise ValueError(f"client {update.client!r}, parameter {name!r}: {shapes}")
+        yield update
+
+
+class _DenseMean:
+    """Averages dense parameters as updates stream past, over the clients that sent each of them."""
+
+    def __init__(self, server: Mapping[str, Tensor], uniform: bool) -> None:
+        self.server, self.uniform = server, uniform
+        self.sums: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
+        self.sized: set[str] = set()
+
+    def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
+        for update in updates:
+            for name, tensor in update.adapter.dense.items():
+                if name in self.server:
+                    self._add(name, tensor, update.examples)
+            yield update
+
+    def _add(self, name: str, tensor: Tensor, examples: float) -> None:
+        if not self.uniform and examples == 0 and name in self.sized:
+            return  # no data, no weight, once somebody has some
+        if not self.uniform and examples > 0 and name not in self.sized:
+            self.sized.add(name)
+            self.sums.pop(name, None)
+            self.weights.pop(name, None)
+        weight = 1.0 if self.uniform or examples == 0 else float(examples)
+        value = tensor.to(precision(tensor)) * weight
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def finish(self) -> dict[str, Tensor]:
+        return {
+            name: (self.sums[name] / self.weights[name]).to(held.dtype) if name in self.sums else held
+            for name, held in self.server.items()
+        }
+
+
+class _Ledger:
+    """Keeps the books of a round while its updates stream past."""
+
+    def __init__(self, tasks: Mapping[Client, Task], lr: float) -> None:
+        self.tasks, self.lr = tasks, lr
+        self.up: dict[Client, int] = {}
+        self.losses: dict[Client, float] = {}
+        self.examples: dict[Client, float] = {}
+        self.seconds: list[float] = []
+
+    def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
+        for update in updates:
+            self.up[update.client] = update.nbytes
+            self.examples[update.client] = update.examples
+            if "loss" in update.metrics:
+                self.losses[update.client] = float(update.metrics["loss"])
+            if "seconds" in update.metrics:
+                self.seconds.append(float(update.metrics["seconds"]))
+            yield update
+
+    def record(self) -> RoundRecord:
+        first = next(iter(self.tasks.values()))
+        return RoundRecord(
+            round=first.round,
+            factors=first.factors,
+            lr=self.lr,
+            ranks={c: {name: x.rank for name, x in task.adapter.layers.items()} for c, task in self.tasks.items()},
+            bytes_down={c: task.nbytes for c, task in self.tasks.items()},
+            bytes_up=self.up,
+            losses=self.losses,
+            examples=self.examples,
+            dropped=tuple(c for c in self.tasks if c not in self.up),
+            seconds=max(self.seconds) if self.seconds else None,
+        )

@@ -1,0 +1,239 @@
+"""The values that travel: between server and clients, from round to round, and into the records of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from polyrank.core.lowrank import Adapter, Factors, nbytes
+
+Client = str
+"""A client's name. Cohorts, updates and sums are ordered by it."""
+
+LRSchedule = Literal["constant", "linear", "cosine", "exponential"]
+
+
+@dataclass(frozen=True)
+class ClientProfile:
+    """What a client reports of itself; everything but `examples` may be unknown (None).
+
+    Attributes:
+        examples: training examples it holds.
+        rank: the LoRA rank per module its operator states, if any.
+        memory: bytes of accelerator memory.
+        uplink: bits per second towards the server.
+        downlink: bits per second from the server.
+        flops: floating-point operations per second it sustains.
+        group: the name of its device group, for tables and figures.
+    """
+
+    examples: int
+    rank: int | None = None
+    memory: float | None = None
+    uplink: float | None = None
+    downlink: float | None = None
+    flops: float | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The adapted modules of a model by name, each with its (d_out, d_in) shape, in the order of the forward pass."""
+
+    modules: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class TailPenalty:
+    """HetLoRA's local terms (EMNLP 2024, 2024.emnlp-main.717).
+
+    A client of rank r adds ``weight * ||B[:, k:]||_F ||A[k:, :]||_F`` with ``k = floor(decay * r)`` to its loss,
+    for every module; where that product has become smaller during the round, it drops those rows (self-pruning).
+    """
+
+    weight: float = 1e-3
+    decay: float = 0.99
+    prune: bool = True
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains in one round.
+
+    Attributes:
+        epochs: passes over the client's data, unless `steps` is given.
+        steps: optimizer steps per round (None: as many as `epochs` takes).
+        batch: examples per forward pass.
+        accumulate: forward passes per optimizer step.
+        optimizer: ``adamw`` or ``sgd``; its state lives for one round.
+        lr: learning rate in round 0.
+        schedule: how the rate changes over rounds: ``constant``, ``linear`` or ``cosine`` towards `lr_min`, or
+            ``exponential`` by `lr_decay` a round.
+        lr_min: the rate in the last round, for ``linear`` and ``cosine``.
+        lr_decay: the factor per round, for ``exponential``.
+        weight_decay: decoupled for AdamW; acts on trained tensors only.
+        momentum: for SGD.
+        clip: largest gradient norm (None: no clipping).
+        dropout: LoRA dropout, on the input of A. The frozen base always runs without dropout.
+        precision: ``auto`` is bf16 where the accelerator has it and fp32 on CPU; ``bf16`` autocasts activations.
+            Adapters and optimizer states stay in float32.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    batch: int = 32
+    accumulate: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    schedule: LRSchedule = "constant"
+    lr_min: float = 0.0
+    lr_decay: float = 0.99
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    clip: float | None = 1.0
+    dropout: float = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"local.{name}: {value} must be at least 1")
+        for name, low, high in (("clip", 0.0, math.inf), ("lr_decay", 0.0, 1.0)):
+            value = getattr(self, name)
+            if value is not None and not (low < value <= high and math.isfinite(value)):
+                raise ValueError(f"local.{name}: {value} must be more than {low:g} and at most {high:g}")
+        highest = {"lr": math.inf, "lr_min": self.lr, "weight_decay": math.inf, "momentum": 1.0, "dropout": 1.0}
+        for name, high in highest.items():  # a schedule may end at lr 0
+            value = getattr(self, name)
+            if not (0 <= value <= high and math.isfinite(value)) or (name in ("momentum", "dropout") and value == 1):
+                raise ValueError(f"local.{name}: {value} must be between 0 and {high:g}")
+
+    def at(self, round_: int, rounds: int) -> LocalTraining:
+        """The same settings with the learning rate of one round of `rounds`, counted from 0."""
+        done = round_ / max(rounds - 1, 1)
+        span = self.lr - self.lr_min
+        lr = {
+            "constant": self.lr,
+            "linear": self.lr_min + span * (1 - done),
+            "cosine": self.lr_min + span * (1 + math.cos(math.pi * done)) / 2,
+            "exponential": self.lr * self.lr_decay**round_,
+        }[self.schedule]
+        return replace(self, lr=lr, lr_min=min(lr, self.lr_min), schedule="constant")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Server to one client: all it must know for a round.
+
+    Attributes:
+        round: the round, from 0.
+        adapter: the low-rank layers it trains, at its own ranks, and the dense parameters it trains.
+        frozen: what it only runs: folds, the rows beyond its rank if the method carries them, a frozen head.
+        factors: which factors it trains: ``A``, ``B`` or ``AB``.
+        local: how it trains.
+        penalty: terms added to its loss, if any.
+        seed: the run's seed; the client's streams are named by round and client.
+    """
+
+    round: int
+    adapter: Adapter
+    frozen: Adapter
+    factors: Factors
+    local: LocalTraining
+    penalty: TailPenalty | None
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors sent down."""
+        return nbytes(self.adapter) + nbytes(self.frozen)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client to server: factors, not differences.
+
+    Attributes:
+        client: who sends it.
+        adapter: the trained adapter. A factor that the task froze is the one that was sent; it does not travel.
+        examples: training examples behind the update; 0 gives it no weight among clients that have some.
+        factors: the factors that were trained, and so travel.
+        metrics: figures of the local training: ``loss`` (mean over the round), ``steps``, ``seconds`` (simulated).
+    """
+
+    client: Client
+    adapter: Adapter
+    examples: float
+    factors: Factors = "AB"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors sent up."""
+        return nbytes(self.adapter, self.factors)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that is carried from round to round; a checkpoint is this, saved.
+
+    Attributes:
+        round: the next round to run, from 0.
+        adapter: the adapter in training, at the server's rank per layer, and the trained head.
+        folded: frozen parts that belong to the model by now (FLoRA, FedEx-LoRA) and a frozen head. The base
+            model itself is never written to.
+        scores: importance per layer, where the method measures it.
+        memory: what a method remembers, as JSON values (for example ``ranks`` that clients have pruned to).
+    """
+
+    round: int
+    adapter: Adapter
+    folded: Adapter = field(default_factory=Adapter)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in a round; one line of ``rounds.jsonl``.
+
+    Attributes:
+        round: the round, from 0.
+        factors: which factors were trained.
+        lr: the learning rate of the round.
+        ranks: client -> layer -> rank, for the cohort.
+        bytes_down: bytes of tensors sent to each client.
+        bytes_up: bytes of tensors each client sent back.
+        losses: mean local training loss by client.
+        examples: examples behind each update.
+        dropped: clients that were asked and did not answer.
+        seconds: simulated seconds of the round, where the fleet states its links (the slowest client's).
+        metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated.
+    """
+
+    round: int
+    factors: Factors
+    lr: float
+    ranks: Mapping[Client, Mapping[str, int]]
+    bytes_down: Mapping[Client, int]
+    bytes_up: Mapping[Client, int]
+    losses: Mapping[Client, float]
+    examples: Mapping[Client, float]
+    dropped: tuple[Client, ...] = ()
+    seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Clients(Protocol):
+    """Anything that can train a cohort: the simulator, a deployment, or a fake in tests."""
+
+    def profiles(self) -> Mapping[Client, ClientProfile]:
+        """What every client reports of itself."""
+        ...
+
+    def fit(self, tasks: Mapping[Client, Task]) -> Iterable[Update]:
+        """Updates in ascending order of client; there may be fewer than tasks."""
+        ...
