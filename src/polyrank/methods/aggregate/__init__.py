@@ -1,0 +1,27 @@
+"""How do updates become one adapter? One rule a file; a new rule is a new file and a line here."""
+
+from collections.abc import Callable
+
+from polyrank.core.types import ServerState
+from polyrank.methods.aggregate.fedex_lora import fedex_lora
+from polyrank.methods.aggregate.fedit import fedit
+from polyrank.methods.aggregate.fedsvd import fedsvd
+from polyrank.methods.aggregate.flexlora import flexlora
+from polyrank.methods.aggregate.flora import flora
+from polyrank.methods.aggregate.hetlora import hetlora
+from polyrank.methods.aggregate.lora_fair import lora_fair
+from polyrank.methods.aggregate.rb_lora import rb_lora
+from polyrank.methods.aggregate.rbla import rbla
+
+AGGREGATORS: dict[str, Callable[..., ServerState]] = {
+    "fedex_lora": fedex_lora,
+    "fedit": fedit,
+    "fedsvd": fedsvd,
+    "flexlora": flexlora,
+    "flora": flora,
+    "hetlora": hetlora,
+    "lora_fair": lora_fair,
+    "raflora": rb_lora,  # arXiv 2602.13486 equals RB-LoRA in product space
+    "rb_lora": rb_lora,
+    "rbla": rbla,
+}

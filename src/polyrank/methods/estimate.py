@@ -1,0 +1,38 @@
+"""What can each client afford? Estimators turn profiles into rank budgets.
+
+A budget is the sum of ranks over the adapted modules, so rank r on all of m modules is a budget of r * m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polyrank.core.method import Estimate, Positive
+from polyrank.core.types import Client, ClientProfile, ModelSpec
+
+
+def fixed(
+    profiles: Mapping[Client, ClientProfile], spec: ModelSpec, *, rank: Positive | None = None
+) -> dict[Client, int]:
+    """The rank each client states, or one rank for all, on every module.
+
+    Args:
+        profiles: what the clients report.
+        spec: the adapted modules.
+        rank: rank per module for every client; None takes each profile's own `rank`.
+
+    Raises:
+        ValueError: if a client states no rank and `rank` is None.
+    """
+    budgets = {}
+    for client, profile in profiles.items():
+        own = profile.rank if rank is None else rank
+        if own is None:
+            raise ValueError(f"client {client!r} states no rank; give fleet[].rank or method.estimate.rank")
+        budgets[client] = own * len(spec.modules)
+    return budgets
+
+
+ESTIMATORS: dict[str, Estimate] = {
+    "fixed": fixed,
+}
