@@ -1,0 +1,45 @@
+"""Data sets, their split among clients, and batches.
+
+To add a data set or a partitioner: one function whose keyword-only parameters are its options, one line here or in
+`PARTITIONERS`.
+"""
+
+from polyrank.data.cache import cache_dir
+from polyrank.data.digits import digits, public_digits
+from polyrank.data.hub import hub
+from polyrank.data.partition import Partition
+from polyrank.data.partitioners import PARTITIONERS
+from polyrank.data.prepare import ImageSplit, TextSplit, prepare_images, prepare_text
+from polyrank.data.presets import ag_news, banking77, cifar100, ledgar, sst2
+from polyrank.data.source import DataError, Dataset, Source, hold_out, limit
+from polyrank.data.tables import files
+
+DATASETS = {
+    "ag_news": ag_news,
+    "banking77": banking77,
+    "cifar100": cifar100,
+    "digits": digits,
+    "files": files,
+    "hub": hub,
+    "ledgar": ledgar,
+    "sst2": sst2,
+}
+
+__all__ = [
+    "DATASETS",
+    "PARTITIONERS",
+    "DataError",
+    "Dataset",
+    "ImageSplit",
+    "Partition",
+    "Source",
+    "TextSplit",
+    "cache_dir",
+    "files",
+    "hold_out",
+    "hub",
+    "limit",
+    "prepare_images",
+    "prepare_text",
+    "public_digits",
+]

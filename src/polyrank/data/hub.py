@@ -1,0 +1,68 @@
+"""Hugging Face hub data sets, through the same tables as local files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyrank.data.formats import require_columns
+from polyrank.data.source import DataError, Dataset, unknown
+from polyrank.data.tables import from_table, to_dataset, wanted_columns
+
+
+def hub(
+    *,
+    path: str,
+    config: str | None = None,
+    text: str | list[str] | None = None,
+    image: str | None = None,
+    label: str = "label",
+    columns: list[str] | None = None,
+    classes: list[str] | None = None,
+    train: str = "train",
+    validation: str | None = None,
+    test: str = "test",
+    revision: str | None = None,
+    data_files: dict[str, str] | None = None,
+) -> Dataset:
+    """A Hugging Face hub data set by name (needs the extra `hub`).
+
+    Args:
+        path: the name on the hub, a local folder, or a builder such as "parquet" (with `data_files`).
+        config: the configuration (subset) of the data set.
+        text: the text column; several are joined in order with one space, empty ones left out.
+        image: the image column.
+        label: the class column.
+        columns: other columns to keep, for example the one that names natural clients.
+        classes: the class names in order; by default the data set's own.
+        train: the split that is divided among the clients.
+        validation: the split for selection; without it, part of train is held out.
+        test: the split for reporting; it must have labels.
+        revision: a branch, tag or commit.
+        data_files: split name to file, as in `datasets.load_dataset`.
+
+    Raises:
+        DataError: if the data set cannot be loaded, or for a split, column or value that cannot be used.
+    """
+    wanted = wanted_columns(text, image, label, columns)
+    loaded = _load(path, name=config, revision=revision, data_files=data_files)
+    splits = [split for split in (train, validation, test) if split is not None]
+    for split in splits:
+        if split not in loaded:
+            raise unknown("split", split, loaded, path)
+        require_columns(wanted.all, loaded[split].column_names, f"{path}, split {split!r}")
+    raws = []
+    for split in splits:
+        table = loaded[split].select_columns(wanted.all).with_format("arrow")[:]
+        raws.append(from_table(table, wanted, f"{path}, split {split!r}"))
+    return to_dataset(path, wanted.kind, raws, classes)
+
+
+def _load(path: str, **options: Any) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise DataError("data from the hub needs one more package: pip install 'polyrank[hub]'") from error
+    try:
+        return datasets.load_dataset(path, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{path}: the data set could not be loaded: {error}") from error

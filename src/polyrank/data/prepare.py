@@ -1,0 +1,209 @@
+"""Splits made ready once: texts as token ids, images as pixels; then batches of either are only indexing."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from PIL import Image
+
+from polyrank.data.cache import cache_path, log, replacing
+from polyrank.data.source import DataError, Source
+
+_TEXTS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class TextSplit:
+    """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``.
+
+    Attributes:
+        ids: all token ids, int32.
+        offsets: int64 (N + 1,).
+        labels: int64 (N,).
+        pad_id: the token that fills up a batch.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per text, int64 (N,)."""
+        return np.diff(self.offsets)
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask (both b x longest, int64; padded on the right) and labels (b)."""
+        lengths = self.lengths[indices]
+        position = np.arange(lengths.max())
+        mask = position < lengths[:, None]
+        where = np.minimum(self.offsets[indices][:, None] + position, len(self.ids) - 1)
+        ids = np.where(mask, self.ids[where], self.pad_id)
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "labels": torch.from_numpy(self.labels[indices]),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Decoded images of one size.
+
+    Attributes:
+        pixels: uint8 (N, C, H, W), possibly mapped from disk.
+        labels: int64 (N,).
+        mean: per channel, in units of full intensity (C,).
+        std: per channel, likewise.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Patches of 16 x 16 pixels per image, rounded up, int64 (N,): what an image costs in a batch."""
+        height, width = self.pixels.shape[2:]
+        return np.full(len(self.labels), -(-height // 16) * -(-width // 16), np.int64)
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """pixel_values (b, C, H, W) = (pixels / 255 - mean) / std in float32, and labels (b)."""
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        # Indexing with an array copies, so the tensor is writable even when the pixels are mapped read-only.
+        values = torch.from_numpy(np.asarray(self.pixels[indices])).float().div_(255)
+        return {"pixel_values": values.sub_(mean).div_(std), "labels": torch.from_numpy(self.labels[indices])}
+
+
+def prepare_text(
+    source: Source, encode: Callable[[list[str]], list[list[int]]], pad_id: int, fingerprint: str
+) -> TextSplit:
+    """Tokenises a split once; the next call with the same texts and fingerprint reads the result from disk.
+
+    Args:
+        source: texts and labels.
+        encode: a list of texts to their token ids, truncated as the model needs. A text without any token
+            becomes one padding token, so that no row of a batch is empty.
+        pad_id: the padding token.
+        fingerprint: says all that decides what `encode` returns (tokenizer, its files, largest length).
+    """
+    path = cache_path(source.inputs, "text", fingerprint, pad_id, suffix=".npz")
+    ready = _read_ids(path, len(source)) if path else None
+    if ready is None:
+        ready = _tokenise(source.inputs, encode, pad_id)
+        if path:
+            with replacing(path) as temporary:
+                np.savez(temporary, ids=ready[0], offsets=ready[1])
+    return TextSplit(*ready, source.labels, pad_id)
+
+
+def prepare_images(source: Source, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> ImageSplit:
+    """Decodes and resizes a split once; the next call with the same images and size maps the result from disk.
+
+    Each image becomes RGB (3 channels) or grey (1), and is resized to size x size, bilinear, whatever its shape.
+
+    Args:
+        source: encoded or raw images, and labels.
+        size: height and width, in pixels.
+        channels: 3 or 1.
+        mean: per channel, in units of full intensity; one value serves all channels.
+        std: per channel, likewise.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels, not {channels}")
+    mean, std = (tuple(map(float, v)) * (channels if len(v) == 1 else 1) for v in (mean, std))
+    if not len(mean) == len(std) == channels:
+        raise DataError(f"images of {channels} channels need as many means and deviations; got {mean} and {std}")
+    shape = (len(source), channels, size, size)
+    path = cache_path(source.inputs, "images", size, channels, suffix=".npy") if len(source) else None
+    if path is None:
+        pixels = np.empty(shape, np.uint8)
+        _decode(source.inputs, pixels)
+        return ImageSplit(pixels, source.labels, mean, std)
+    pixels = _map_pixels(path, shape)
+    if pixels is None:
+        with replacing(path) as temporary:
+            written = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            _decode(source.inputs, written)
+            written.flush()
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    return ImageSplit(pixels, source.labels, mean, std)
+
+
+def _read_ids(path: Path, texts: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        # Opened here, because numpy leaves its own handle open when a zip turns out to be broken.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            ids, offsets = arrays["ids"], arrays["offsets"]
+        if offsets.shape == (texts + 1,) and offsets[-1] == len(ids):
+            return ids, offsets
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile):
+        pass
+    log.warning("%s is damaged; making it again", path)
+    return None
+
+
+def _map_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    try:
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        if pixels.shape == shape and pixels.dtype == np.uint8:
+            return pixels
+    except (OSError, ValueError, EOFError):
+        pass
+    log.warning("%s is damaged; making it again", path)
+    return None
+
+
+def _tokenise(
+    texts: list[str], encode: Callable[[list[str]], list[list[int]]], pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    pieces = [np.empty(0, np.int32)]
+    lengths: list[int] = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        rows = [row or [pad_id] for row in encode(texts[start : start + _TEXTS_AT_ONCE])]
+        lengths.extend(map(len, rows))
+        pieces.append(np.fromiter((token for row in rows for token in row), np.int32))
+    return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _decode(inputs: list[bytes] | np.ndarray, pixels: np.ndarray) -> None:
+    """Fills `pixels` (N, C, H, W) from encoded images or raw ones (N, H, W, C)."""
+    channels, size = pixels.shape[1:3]
+    if isinstance(inputs, np.ndarray) and inputs.shape[1:] == (size, size, channels):
+        pixels[...] = inputs.transpose(0, 3, 1, 2)
+        return
+    mode = "RGB" if channels == 3 else "L"
+    for row, item in enumerate(inputs):
+        image = _open(item, row, mode)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        pixels[row] = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _open(item: bytes | np.ndarray, row: int, mode: str) -> Image.Image:
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item).convert(mode)
+    try:
+        return Image.open(io.BytesIO(item)).convert(mode)
+    except OSError as error:  # unknown formats and images that break off alike
+        raise DataError(f"image {row} of {len(item)} bytes cannot be decoded: {error}") from error

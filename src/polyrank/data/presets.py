@@ -1,0 +1,54 @@
+"""Well-known hub data sets by short name: their paths, columns and splits."""
+
+from __future__ import annotations
+
+from polyrank.data.hub import hub
+from polyrank.data.source import Dataset
+
+
+def ag_news() -> Dataset:
+    """AG News: 120,000 news items in 4 topics, 7,600 for testing.
+
+    References:
+        Zhang, Zhao, LeCun: Character-level convolutional networks for text classification, arXiv:1509.01626.
+    """
+    return hub(path="fancyzhx/ag_news", text="text")
+
+
+def banking77() -> Dataset:
+    """Banking77: 10,003 customer queries in 77 intents, 3,080 for testing.
+
+    References:
+        Casanueva et al.: Efficient intent detection with dual sentence encoders, arXiv:2003.04807.
+    """
+    return hub(path="legacy-datasets/banking77", text="text")
+
+
+def cifar100() -> Dataset:
+    """CIFAR-100: 50,000 images of 32 x 32 pixels in 100 fine classes, 10,000 for testing.
+
+    References:
+        Krizhevsky: Learning multiple layers of features from tiny images, 2009.
+    """
+    return hub(path="uoft-cs/cifar100", image="img", label="fine_label")
+
+
+def ledgar() -> Dataset:
+    """LEDGAR: 60,000 contract provisions in 100 classes, 10,000 each for validation and testing.
+
+    References:
+        Chalkidis et al.: LexGLUE, arXiv:2110.00976.
+    """
+    return hub(path="coastalcph/lex_glue", config="ledgar", text="text", validation="validation")
+
+
+def sst2() -> Dataset:
+    """SST-2 from GLUE: 67,349 film-review phrases, positive or negative, 872 for testing.
+
+    GLUE hides its test labels, so its validation split is the test split here, as the field reports it, and
+    validation is held out from train.
+
+    References:
+        Wang et al.: GLUE, arXiv:1804.07461.
+    """
+    return hub(path="nyu-mll/glue", config="sst2", text="sentence", test="validation")

@@ -1,0 +1,133 @@
+"""What every data set becomes: three splits of inputs, integer labels and any other columns asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the key, the value and what would be valid."""
+
+
+def unknown(what: str, value: object, valid: Iterable[object], where: str = "") -> DataError:
+    """The error for a name that is not among `valid`, with the nearest valid names.
+
+    >>> print(unknown("column", "lable", ["label", "text"], "train.parquet"))
+    train.parquet: no column 'lable'; did you mean 'label'? There are: label, text
+    """
+    names = [str(name) for name in valid]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    return DataError(f"{where + ': ' if where else ''}no {what} {str(value)!r}{hint} There are: {shown or 'none'}")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One split.
+
+    Attributes:
+        inputs: texts, encoded images (JPEG, PNG, ...), or raw images as uint8 (N, H, W, C).
+        labels: class numbers, int64 (N,).
+        columns: every other column that was asked for, by name, each (N,); for example natural client names.
+    """
+
+    inputs: list[str] | list[bytes] | np.ndarray
+    labels: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: np.ndarray) -> Source:
+        """The examples at `indices`, in that order."""
+        inputs = self.inputs
+        chosen = inputs[indices] if isinstance(inputs, np.ndarray) else [inputs[i] for i in indices.tolist()]
+        columns = {name: column[indices] for name, column in self.columns.items()}
+        return Source(chosen, self.labels[indices], columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification task. `validation` may be empty until `hold_out`; `test` never is.
+
+    Selection (of rounds, of options) reads `validation`; `test` is for reporting.
+    """
+
+    name: str
+    kind: Literal["text", "image"]
+    train: Source
+    validation: Source
+    test: Source
+    classes: tuple[str, ...]
+
+
+def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` sorted indices in which each class has its share: floor or ceiling of count n_k / n.
+
+    Args:
+        labels: int64 (N,).
+        count: how many to draw, at most N.
+        rng: decides which examples, and which classes get the ceiling where remainders tie.
+    """
+    _, dense, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    share = sizes * count / max(len(labels), 1)
+    quota = np.floor(share).astype(np.int64)
+    largest_first = np.lexsort((rng.permutation(len(sizes)), quota - share))
+    quota[largest_first[: count - quota.sum()]] += 1
+    shuffled = rng.permutation(len(labels))
+    ordered = shuffled[np.argsort(dense[shuffled], kind="stable")]
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank_in_class = np.arange(len(labels)) - starts
+    return np.sort(ordered[rank_in_class < np.repeat(quota, sizes)])
+
+
+def hold_out(dataset: Dataset, fraction: float, rng: np.random.Generator) -> Dataset:
+    """A data set with a validation split: its own, or a stratified `fraction` taken from train.
+
+    Test is never touched.
+
+    Raises:
+        DataError: if the fraction would leave nothing to train or nothing to validate on.
+    """
+    if len(dataset.validation):
+        return dataset
+    count = round(fraction * len(dataset.train))
+    if not 0 < count < len(dataset.train):
+        raise DataError(
+            f"{dataset.name}: a validation fraction of {fraction} of {len(dataset.train)} training examples is"
+            f" {count}; it must leave at least one on each side"
+        )
+    held = stratified(dataset.train.labels, count, rng)
+    kept = np.setdiff1d(np.arange(len(dataset.train)), held, assume_unique=True)
+    return replace(dataset, train=dataset.train.select(kept), validation=dataset.train.select(held))
+
+
+def limit(dataset: Dataset, limits: Mapping[str, int], rng: np.random.Generator) -> Dataset:
+    """A stratified random subset of the named splits; a split that is already small enough is left alone.
+
+    A split's subset does not depend on which other splits are limited.
+
+    Args:
+        dataset: the data set to cut.
+        limits: largest number of examples by split name ("train", "validation", "test").
+        rng: decides which examples stay.
+    """
+    splits = ("train", "validation", "test")
+    cut: dict[str, Source] = {}
+    for split in limits:
+        if split not in splits:
+            raise unknown("split", split, splits, dataset.name)
+    for split, own in zip(splits, rng.spawn(len(splits)), strict=True):
+        source: Source = getattr(dataset, split)
+        bound = limits.get(split, len(source))
+        if bound < 1 and len(source):
+            raise DataError(f"{dataset.name}: limit of split {split!r} is {bound}; it must be at least 1")
+        if bound < len(source):
+            cut[split] = source.select(stratified(source.labels, bound, own))
+    return replace(dataset, **cut)
