@@ -1,0 +1,1 @@
+"""What runs a cohort: the simulator in one process."""
