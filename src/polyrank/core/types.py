@@ -71,7 +71,7 @@ class LocalTraining:
         lr: learning rate in round 0.
         schedule: how the rate changes over rounds: ``constant``, ``linear`` or ``cosine`` towards `lr_min`, or
             ``exponential`` by `lr_decay` a round.
-        lr_min: the rate in the last round, for ``linear`` and ``cosine``.
+        lr_min: the rate that ``linear`` and ``cosine`` would reach one round after the last.
         lr_decay: the factor per round, for ``exponential``.
         weight_decay: decoupled for AdamW; acts on trained tensors only.
         momentum: for SGD.
@@ -101,19 +101,19 @@ class LocalTraining:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"local.{name}: {value} must be at least 1")
-        for name, low, high in (("clip", 0.0, math.inf), ("lr_decay", 0.0, 1.0)):
+        for name, low, high in (("lr", 0.0, math.inf), ("clip", 0.0, math.inf), ("lr_decay", 0.0, 1.0)):
             value = getattr(self, name)
             if value is not None and not (low < value <= high and math.isfinite(value)):
                 raise ValueError(f"local.{name}: {value} must be more than {low:g} and at most {high:g}")
-        highest = {"lr": math.inf, "lr_min": self.lr, "weight_decay": math.inf, "momentum": 1.0, "dropout": 1.0}
-        for name, high in highest.items():  # a schedule may end at lr 0
+        highest = {"lr_min": self.lr, "weight_decay": math.inf, "momentum": 1.0, "dropout": 1.0}
+        for name, high in highest.items():
             value = getattr(self, name)
             if not (0 <= value <= high and math.isfinite(value)) or (name in ("momentum", "dropout") and value == 1):
                 raise ValueError(f"local.{name}: {value} must be between 0 and {high:g}")
 
     def at(self, round_: int, rounds: int) -> LocalTraining:
         """The same settings with the learning rate of one round of `rounds`, counted from 0."""
-        done = round_ / max(rounds - 1, 1)
+        done = round_ / rounds
         span = self.lr - self.lr_min
         lr = {
             "constant": self.lr,

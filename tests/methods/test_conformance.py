@@ -1,0 +1,470 @@
+"""Every entry of every table through the laws of its slot. Names come from the tables, options from the signatures."""
+
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from polyrank.core.fake import FakeClients, echo
+from polyrank.core.federate import absorb, plan
+from polyrank.core.lowrank import Adapter, LowRank, delta, overlay, pad, rescale, tail, truncate, zeros
+from polyrank.core.method import Method
+from polyrank.core.rng import stream, torch_generator
+from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
+from polyrank.methods.named import fedit
+
+TABLES = {
+    "aggregators": AGGREGATORS,
+    "allocators": ALLOCATORS,
+    "dispatchers": DISPATCHERS,
+    "estimators": ESTIMATORS,
+    "methods": METHODS,
+    "schedules": SCHEDULES,
+    "scorers": SCORERS,
+}
+ENTRIES = [(table, name) for table, entries in TABLES.items() for name in entries]
+REFERENCE = re.compile(r"\d{4}\.\d{5}|\d{4}\.[a-z-]+\.\d+|Findings of EACL 2026")
+
+SPEC = ModelSpec({"l0": (12, 10), "l1": (8, 10)})
+RANK = 6
+EQUAL = dict.fromkeys("abcd", RANK)
+UNEQUAL = {"a": 2, "b": 4, "c": 6, "d": 6}
+EXAMPLES = {"a": 10, "b": 20, "c": 30, "d": 5}
+
+
+def choices(function: Callable[..., Any]) -> dict[str, list[Any]]:
+    """The options of an answer that have finitely many values, by name, with those values."""
+    hints = get_type_hints(function)
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if get_origin(hints[name]) is Literal:
+            found[name] = list(get_args(hints[name]))
+        elif hints[name] is bool:
+            found[name] = [False, True]
+    return found
+
+
+def variants(table: Mapping[str, Callable[..., Any]]) -> list[Any]:
+    """Each entry as it is, and with each of its finite options set to each value."""
+    cases = []
+    for name, function in table.items():
+        cases.append(pytest.param(function, id=name))
+        for option, values in choices(function).items():
+            for value in values:
+                cases.append(pytest.param(partial(function, **{option: value}), id=f"{name}({option}={value})"))
+    return cases
+
+
+def with_option(option: str, value: Any, but: tuple[str, ...] = ()) -> Any:
+    """Parametrises over the aggregators that have this option, set to this value."""
+    cases = [
+        pytest.param(partial(rule, **{option: value}), id=name)
+        for name, rule in AGGREGATORS.items()
+        if value in choices(rule).get(option, ()) and name not in but
+    ]
+    return pytest.mark.parametrize("rule", cases)
+
+
+def start(rank: int = RANK, dtype: torch.dtype = torch.float64) -> ServerState:
+    generator = torch_generator(stream(0, "start"))
+
+    def layer(d_out: int, d_in: int) -> LowRank:
+        A = torch.randn(rank, d_in, generator=generator, dtype=torch.float64)
+        return LowRank(A.to(dtype), torch.randn(d_out, rank, generator=generator, dtype=torch.float64).to(dtype), 2.0)
+
+    return ServerState(0, Adapter({name: layer(*shape) for name, shape in SPEC.modules.items()}))
+
+
+def method_of(rule: Callable[..., ServerState]) -> Method:
+    return replace(fedit(), aggregate=rule)
+
+
+def answers(
+    state: ServerState,
+    ranks: Mapping[str, int],
+    answer: Callable[[str, Task], Adapter] | None = None,
+    method: Method | None = None,
+) -> list[Update]:
+    """Updates of clients of these ranks: noise on what they were sent, unless `answer` says otherwise."""
+    profiles = {c: ClientProfile(EXAMPLES[c], rank=rank) for c, rank in ranks.items()}
+    tasks = plan(method or fedit(), state, profiles, list(profiles), SPEC, LocalTraining(), 0)
+    clients = FakeClients(profiles) if answer is None else FakeClients(profiles, answer)
+    return list(clients.fit(tasks))
+
+
+def total(state: ServerState) -> dict[str, Tensor]:
+    """What the server's model adds to the base: the folded part and the adapter."""
+    return {
+        name: delta(x) + (delta(state.folded.layers[name]) if name in state.folded.layers else 0.0)
+        for name, x in state.adapter.layers.items()
+    }
+
+
+def absorbed(rule: Callable[..., ServerState], state: ServerState, updates: list[Update]) -> dict[str, Tensor]:
+    return total(absorb(method_of(rule), state, updates, 0))
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def changed(updates: list[Update], client: str, change: Callable[[str, LowRank], LowRank | None]) -> list[Update]:
+    """The updates with one client's layers changed, or dropped where the change is None."""
+
+    def of(update: Update) -> Update:
+        layers = {name: change(name, x) for name, x in update.adapter.layers.items()}
+        return replace(update, adapter=Adapter({name: x for name, x in layers.items() if x is not None}))
+
+    return [of(u) if u.client == client else u for u in updates]
+
+
+rules = pytest.mark.parametrize("rule", variants(AGGREGATORS))
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_are_sorted_and_not_empty(table: str) -> None:
+    assert list(TABLES[table]) == sorted(TABLES[table])
+    assert TABLES[table]
+
+
+@pytest.mark.parametrize(("table", "name"), ENTRIES)
+def test_entries_have_a_first_line(table: str, name: str) -> None:
+    first = (inspect.getdoc(TABLES[table][name]) or "").split("\n")[0]
+    assert first.endswith((".", ")")), first
+    assert len(first) <= 120
+
+
+@pytest.mark.parametrize(("table", "name"), [e for e in ENTRIES if e[0] in ("aggregators", "methods")])
+def test_published_entries_name_their_source(table: str, name: str) -> None:
+    assert REFERENCE.search(inspect.getdoc(TABLES[table][name]) or "")
+
+
+@pytest.mark.parametrize(("table", "name"), [e for e in ENTRIES if e[0] != "methods"])
+def test_options_are_keyword_only_with_defaults_and_described(table: str, name: str) -> None:
+    """The signature is the schema: an option has a type and a default, so that a bare name is an answer."""
+    function = TABLES[table][name]
+    for option, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            assert parameter.default is not parameter.empty, option
+            assert option in get_type_hints(function)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_compositions_of_the_tables(name: str) -> None:
+    def bare(answer: Any) -> Any:
+        return answer.func if isinstance(answer, partial) else answer
+
+    method = METHODS[name]()
+    assert bare(method.estimate) in ESTIMATORS.values()
+    assert bare(method.score) in SCORERS.values()
+    assert bare(method.allocate) in ALLOCATORS.values()
+    assert bare(method.dispatch) in DISPATCHERS.values()
+    assert bare(method.factors) in SCHEDULES.values()
+    assert bare(method.aggregate) in AGGREGATORS.values()
+
+
+# --- how do updates become one adapter?
+
+
+@rules
+@pytest.mark.parametrize("order", [{"a": "d", "d": "a"}, {"a": "b", "b": "c", "c": "d", "d": "a"}])
+def test_the_order_of_clients_is_irrelevant(rule: Callable[..., ServerState], order: dict[str, str]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    renamed = sorted((replace(u, client=order.get(u.client, u.client)) for u in updates), key=lambda u: u.client)
+    assert [u.client for u in renamed] == [u.client for u in updates]
+    same(absorbed(rule, state, renamed), absorbed(rule, state, updates))
+
+
+@rules
+def test_a_common_factor_of_the_examples_is_irrelevant(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    more = [replace(u, examples=u.examples * 1000) for u in updates]
+    same(absorbed(rule, state, more), absorbed(rule, state, updates))
+
+
+@rules
+def test_where_a_client_puts_its_scale_is_irrelevant(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    rewritten = changed(updates, "b", lambda name, x: rescale(x, 0.125, "both"))
+    same(absorbed(rule, state, rewritten), absorbed(rule, state, updates))
+
+
+@rules
+def test_if_everyone_returns_what_the_server_holds_nothing_changes(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    for _ in range(2):
+        after = absorb(method_of(rule), state, answers(state, EQUAL, echo), 0)
+        same(total(after), total(state))
+        state = after
+
+
+@rules
+def test_a_lone_full_rank_client_is_adopted(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, {"c": RANK})
+    same(absorbed(rule, state, updates), {name: delta(x) for name, x in updates[0].adapter.layers.items()})
+
+
+@rules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_arguments_dtype_and_rank_are_kept(rule: Callable[..., ServerState], dtype: torch.dtype) -> None:
+    state = start(dtype=dtype)
+    updates = answers(state, UNEQUAL)
+    tensors = [t for a in [state.adapter, *(u.adapter for u in updates)] for x in a.layers.values() for t in (x.A, x.B)]
+    copies = [t.clone() for t in tensors]
+    after = absorb(method_of(rule), state, updates, 0)
+    assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
+    for name, x in after.adapter.layers.items():
+        assert (x.rank, x.scale, x.A.dtype, x.B.dtype) == (RANK, 2.0, dtype, dtype)
+        assert bool(x.A.isfinite().all() and x.B.isfinite().all()), name
+
+
+@rules
+def test_no_pair_of_the_result_is_dead(rule: Callable[..., ServerState]) -> None:
+    """A row of A and a column of B that are both zero never learn again."""
+    state = ServerState(0, Adapter({n: pad(zeros(s, 0), RANK, stream(0, n)) for n, s in SPEC.modules.items()}))
+    for updates in (answers(state, EQUAL, echo), answers(state, dict.fromkeys("ab", 2), echo), answers(state, UNEQUAL)):
+        after = absorb(method_of(rule), state, updates, 0)
+        assert all(bool((x.A.any(dim=1) | x.B.any(dim=0)).all()) for x in after.adapter.layers.values())
+
+
+@rules
+def test_the_result_is_a_function_of_the_stream(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    first, second = (rule(state, iter(updates), stream(0, "x")) for _ in range(2))
+    for name, x in first.adapter.layers.items():
+        assert torch.equal(x.A, second.adapter.layers[name].A)
+
+
+@rules
+def test_what_is_remembered_is_json(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    memory = absorb(method_of(rule), state, answers(state, UNEQUAL), 0).memory
+    assert json.loads(json.dumps(memory)) == memory
+
+
+# The three words for what a client lacks, each against the client having sent what the word says.
+
+
+@with_option("layers", "zero")
+def test_layers_zero_counts_as_holding_zeros(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    lacking = changed(updates, "b", lambda name, x: None if name == "l1" else x)
+    sent = changed(updates, "b", lambda name, x: zeros(x.shape, RANK, 2.0, x.A.dtype) if name == "l1" else x)
+    same(absorbed(rule, state, lacking), absorbed(rule, state, sent))
+
+
+@with_option("layers", "keep")
+def test_layers_keep_counts_as_holding_the_servers(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    lacking = changed(updates, "b", lambda name, x: None if name == "l1" else x)
+    sent = changed(updates, "b", lambda name, x: state.adapter.layers[name] if name == "l1" else x)
+    same(absorbed(rule, state, lacking), absorbed(rule, state, sent))
+
+
+@pytest.mark.parametrize("rule", AGGREGATORS.values(), ids=AGGREGATORS)
+def test_by_default_a_layer_is_averaged_over_its_holders(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    lacking = changed(updates, "b", lambda name, x: None if name == "l1" else x)
+    absent = [u for u in updates if u.client != "b"]
+    found, expected = absorbed(rule, state, lacking), absorbed(rule, state, absent)
+    same({"l1": found["l1"]}, {"l1": expected["l1"]})
+
+
+@with_option("rows", "zero")
+def test_rows_zero_counts_as_holding_zeros(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, UNEQUAL)
+    sent = changed(updates, "a", lambda name, x: pad(x, RANK))
+    same(absorbed(rule, state, updates), absorbed(rule, state, sent))
+
+
+@with_option("rows", "keep")
+def test_rows_keep_counts_as_holding_the_servers(rule: Callable[..., ServerState]) -> None:
+    rule = partial(rule, weights="uniform")  # a weight by norm is of what was sent
+    state = start()
+    updates = answers(state, UNEQUAL)
+    sent = changed(updates, "a", lambda name, x: overlay(x, state.adapter.layers[name]))
+    same(absorbed(rule, state, updates), absorbed(rule, state, sent))
+
+
+# Not a law of FedSVD, which re-orders rows, nor of LoRA-FAIR, which corrects every column of B.
+@with_option("rows", "renormalise", but=("fedsvd", "lora_fair"))
+def test_rows_that_one_client_owns_are_its_own(rule: Callable[..., ServerState]) -> None:
+    state = start()
+    updates = answers(state, {"a": 2, "c": 6})
+    alone = absorb(method_of(rule), state, updates[1:], 0)
+    both = absorb(method_of(rule), state, updates, 0)
+    for name, x in both.adapter.layers.items():
+        torch.testing.assert_close(tail(x, 2).A, tail(alone.adapter.layers[name], 2).A)
+        torch.testing.assert_close(tail(x, 2).B, tail(alone.adapter.layers[name], 2).B)
+
+
+# --- where does a budget go?
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> tuple[int, dict[str, int], dict[str, float]]:
+    layers = [f"l{i}" for i in range(draw(st.integers(1, 6)))]
+    caps = {layer: draw(st.integers(0, 12)) for layer in layers}
+    scores = {layer: draw(st.floats(0, 1e6)) for layer in layers}
+    return draw(st.integers(0, 100)), caps, scores
+
+
+allocators = pytest.mark.parametrize("allocate", variants(ALLOCATORS))
+
+
+@allocators
+@given(case=allocations())
+@settings(deadline=None)
+def test_allocations_fit_budget_and_caps(allocate: Callable[..., dict[str, int]], case: Any) -> None:
+    budget, caps, scores = case
+    ranks = allocate(budget, caps, scores, stream(0, "allocate"))
+    assert set(ranks) <= set(caps)
+    assert sum(ranks.values()) <= budget
+    assert all(isinstance(rank, int) and 0 <= rank <= caps[layer] for layer, rank in ranks.items())
+    assert ranks == allocate(budget, caps, scores, stream(0, "allocate"))
+
+
+@allocators
+@given(case=allocations(), more=st.integers(0, 30))
+@settings(deadline=None)
+def test_a_larger_budget_never_lowers_a_rank(allocate: Callable[..., dict[str, int]], case: Any, more: int) -> None:
+    budget, caps, scores = case
+    low = allocate(budget, caps, scores, stream(0, "allocate"))
+    high = allocate(budget + more, caps, scores, stream(0, "allocate"))
+    assert all(high.get(layer, 0) >= rank for layer, rank in low.items())
+
+
+@allocators
+@given(case=allocations())
+@settings(deadline=None)
+def test_a_higher_score_never_gets_a_lower_rank(allocate: Callable[..., dict[str, int]], case: Any) -> None:
+    budget, caps, scores = case
+    ranks = allocate(budget, caps, scores, stream(0, "allocate"))
+    for a, b in itertools.permutations(caps, 2):
+        if scores[a] > scores[b]:
+            assert ranks.get(a, 0) >= min(ranks.get(b, 0), caps[a])
+
+
+@allocators
+def test_nothing_to_adapt_gets_nothing(allocate: Callable[..., dict[str, int]]) -> None:
+    assert allocate(10, {}, {}, stream(0, "allocate")) == {}
+
+
+# --- what does the client receive?
+
+dispatchers = pytest.mark.parametrize("dispatch", variants(DISPATCHERS))
+Dispatched = Callable[..., tuple[dict[str, LowRank], dict[str, LowRank]]]
+
+
+@dispatchers
+@pytest.mark.parametrize("ranks", [{"l0": 2, "l1": 5}, {"l0": 6, "l1": 6}, {"l1": 3}, {"l0": 1}, {}])
+def test_dispatch_hands_out_the_ranks_asked_for(dispatch: Dispatched, ranks: dict[str, int]) -> None:
+    state = start()
+    trained, carried = dispatch(state, ranks, stream(0, "dispatch"))
+    assert {name: x.rank for name, x in trained.items()} == ranks
+    for name, x in trained.items():
+        torch.testing.assert_close(delta(x), delta(truncate(state.adapter.layers[name], x.rank)))
+    if carried:
+        for name, server in state.adapter.layers.items():
+            parts = [part[name] for part in (trained, carried) if name in part]
+            torch.testing.assert_close(sum(delta(x) for x in parts), delta(server))
+
+
+@dispatchers
+def test_rows_beyond_the_servers_start_fresh(dispatch: Dispatched) -> None:
+    state = start()
+    trained, carried = dispatch(state, dict.fromkeys(SPEC.modules, RANK + 3), stream(0, "dispatch"))
+    assert carried == {}
+    for name, x in trained.items():
+        assert x.rank == RANK + 3
+        torch.testing.assert_close(delta(x), delta(state.adapter.layers[name]))
+        assert bool(tail(x, RANK).A.any(dim=1).all())
+
+
+@dispatchers
+def test_unequal_ranks_that_return_what_they_were_sent_change_nothing(dispatch: Dispatched) -> None:
+    """Whatever scale a client was given, a rule that averages each row over its owners takes it back as it was."""
+    state, method = start(), replace(fedit(), dispatch=dispatch, aggregate=AGGREGATORS["rbla"])
+    after = absorb(method, state, answers(state, UNEQUAL, echo, method), 0)
+    same(total(after), total(state))
+
+
+@dispatchers
+@pytest.mark.parametrize("factors", ["A", "B"])
+def test_one_factor_rounds_are_exact_under_every_scale(dispatch: Dispatched, factors: str) -> None:
+    rule = partial(AGGREGATORS["fedit"], rows="zero")
+    method = replace(fedit(), dispatch=dispatch, factors=lambda round_: factors, aggregate=rule)
+    state = start()
+    updates = answers(state, UNEQUAL, method=method)
+    after = absorb(method, state, updates, 0)
+    weight = sum(EXAMPLES.values())
+    for name, x in after.adapter.layers.items():
+        expected = sum(delta(u.adapter.layers[name]) * u.examples for u in updates) / weight
+        torch.testing.assert_close(delta(x), expected)
+
+
+def test_scalings_keep_alpha() -> None:
+    state = start()
+    for scaling, expected in {"constant": 2.0, "lora": 6.0, "rslora": 2.0 * 3**0.5}.items():
+        for dispatch in DISPATCHERS.values():
+            trained, _ = dispatch(state, {"l0": 2}, stream(0, "dispatch"), scaling=scaling)
+            assert trained["l0"].scale == pytest.approx(expected)
+
+
+# --- what does it train this round?
+
+
+@pytest.mark.parametrize("schedule", variants(SCHEDULES))
+def test_schedules_name_factors(schedule: Callable[[int], str]) -> None:
+    assert {schedule(round_) for round_ in range(20)} <= {"A", "B", "AB"}
+    assert [schedule(round_) for round_ in range(20)] == [schedule(round_) for round_ in range(20)]
+
+
+# --- which layers matter, and what can each client afford?
+
+
+@pytest.mark.parametrize("score", variants(SCORERS))
+def test_scores_are_non_negative_for_every_layer(score: Callable[..., dict[str, float]]) -> None:
+    scores = score(SPEC, start())
+    assert scores.keys() == SPEC.modules.keys()
+    assert all(0 <= value < float("inf") for value in scores.values())
+
+
+@pytest.mark.parametrize("estimate", variants(ESTIMATORS))
+def test_budgets_are_whole_and_each_clients_own(estimate: Callable[..., dict[str, int]]) -> None:
+    def profile(rank: int) -> ClientProfile:
+        return ClientProfile(100, rank, memory=rank * 2.0**30, uplink=rank * 1e6, downlink=rank * 1e7, flops=1e12)
+
+    profiles = {"a": profile(2), "b": profile(8), "c": profile(2)}
+    budgets = estimate(profiles, SPEC)
+    assert budgets.keys() == profiles.keys()
+    assert all(isinstance(budget, int) and budget >= 0 for budget in budgets.values())
+    assert budgets["a"] == budgets["c"] <= budgets["b"]
+    assert estimate({"b": profiles["b"]}, SPEC) == {"b": budgets["b"]}

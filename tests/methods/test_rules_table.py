@@ -1,0 +1,47 @@
+"""docs/rules.md is what `python docs/rules.py` measures."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from polyrank.methods import AGGREGATORS, METHODS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def rules() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rules", DOCS / "rules.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_is_measured(rules: ModuleType) -> None:
+    assert rules.page() == (DOCS / "rules.md").read_text(), "run: python docs/rules.py"
+
+
+def test_every_rule_and_method_has_a_row(rules: ModuleType) -> None:
+    text = rules.PAGE.read_text()
+    for section, table in (("## Aggregation rules", AGGREGATORS), ("## Named methods", METHODS)):
+        body = text.split(section)[1].split("## ")[0]
+        assert [line.split("`")[1] for line in body.splitlines() if line.startswith("| `")] == list(table)
+
+
+def cells(rules: ModuleType, name: str, **changes: object) -> list[str]:
+    method = rules.replace(METHODS[name](), **changes)
+    return [cell.strip() for cell in rules.row(name, method).split("|")[2:-1]]
+
+
+def test_the_measurement_knows_what_the_literature_does(rules: ModuleType) -> None:
+    """Claims that papers prove, so that the table is not merely self-consistent."""
+    assert cells(rules, "flora")[:3] == ["yes", "yes", "yes"]
+    assert cells(rules, "flexlora")[:3] == ["yes", "yes", "yes"]
+    assert cells(rules, "fedex_lora")[:2] == ["yes", "yes"]
+    assert cells(rules, "ffa_lora")[:2] == cells(rules, "rolora")[:2] == ["yes", "yes"]
+    assert cells(rules, "rb_lora")[0] == "yes"
+    assert cells(rules, "rb_lora")[1].startswith("no, ")
+    assert cells(rules, "fedit")[0].startswith("no, ")
+    assert cells(rules, "fedit")[2].startswith("no, ")
