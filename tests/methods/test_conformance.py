@@ -34,7 +34,8 @@ TABLES = {
     "scorers": SCORERS,
 }
 ENTRIES = [(table, name) for table, entries in TABLES.items() for name in entries]
-REFERENCE = re.compile(r"\d{4}\.\d{5}|\d{4}\.[a-z-]+\.\d+|Findings of EACL 2026")
+# A paper's identifier, or a section that says where an original rule comes from.
+REFERENCE = re.compile(r"\d{4}\.\d{5}|\d{4}\.[a-z-]+\.\d+|Findings of EACL 2026|References:\s+\S")
 
 SPEC = ModelSpec({"l0": (12, 10), "l1": (8, 10)})
 RANK = 6

@@ -47,7 +47,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TailPenalty:
-    """HetLoRA's local terms (EMNLP 2024, 2024.emnlp-main.717).
+    """HetLoRA's local terms (EMNLP 2024, arXiv 2401.06432).
 
     A client of rank r adds ``weight * ||B[:, k:]||_F ||A[k:, :]||_F`` with ``k = floor(decay * r)`` to its loss,
     for every module; where that product has become smaller during the round, it drops those rows (self-pruning).

@@ -61,7 +61,7 @@ def _load(path: str, **options: Any) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise DataError("data from the hub needs one more package: pip install 'polyrank[hub]'") from error
+        raise DataError("data from the hub needs one more package: pip install datasets (the extra 'hub')") from error
     try:
         return datasets.load_dataset(path, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -35,6 +35,16 @@ def digits_vit() -> str:
 
 
 def _train() -> torch.nn.Module:
+    """Trains on one thread, so that the weights do not depend on who happens to need them first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _fit()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit() -> torch.nn.Module:
     source = public_digits()
     data = prepare_images(source, 8, 1, (0.5,), (0.5,))
     rng = stream(0, "digits-vit")

@@ -136,10 +136,13 @@ class Base:
             for handle in handles:
                 handle.remove()
 
+    def _on_device(self, tensor: Tensor, copy: bool = False) -> Tensor:
+        # Row-major, whatever it was: products of other layouts round differently, and files and wires keep none.
+        return tensor.detach().to(self.device, torch.float32, copy=copy).contiguous()
+
     def _leaves(self, adapter: Adapter, factors: Factors | None) -> Attachment:
         def leaf(tensor: Tensor, trained: bool) -> Tensor:
-            copy = tensor.detach().to(self.device, torch.float32, copy=True)
-            return copy.requires_grad_(trained)
+            return self._on_device(tensor, copy=True).requires_grad_(trained)
 
         trains = factors or ""
         return Attachment(
@@ -154,11 +157,7 @@ class Base:
         self, name: str, live: Attachment, frozen: LowRank | None, dropout: float, masks: torch.Generator | None
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         """Adds the low-rank updates of one module to its output."""
-        held = (
-            LowRank(frozen.A.to(self.device, torch.float32), frozen.B.to(self.device, torch.float32), frozen.scale)
-            if frozen is not None
-            else None
-        )
+        held = frozen and LowRank(self._on_device(frozen.A), self._on_device(frozen.B), frozen.scale)
         trained = name in live.A
 
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

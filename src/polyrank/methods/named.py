@@ -36,7 +36,7 @@ def rolora() -> Method:
 
 
 def hetlora(*, penalty: float = 1e-3, decay: float = 0.99, prune: bool = True) -> Method:
-    """HetLoRA: zero-padding weighted by update norms, tail penalty and rank self-pruning (2024.emnlp-main.717).
+    """HetLoRA: zero-padding weighted by update norms, tail penalty and rank self-pruning (arXiv 2401.06432).
 
     Args:
         penalty: the weight of the tail penalty in each client's loss.
@@ -51,12 +51,12 @@ def hetlora(*, penalty: float = 1e-3, decay: float = 0.99, prune: bool = True) -
 
 
 def hetlora_uniform() -> Method:
-    """HetLoRA's zero-padding with equal weights, as a baseline (after 2024.emnlp-main.717)."""
+    """HetLoRA's zero-padding with equal weights, as a baseline (after arXiv 2401.06432)."""
     return replace(fedit(), aggregate=partial(AGGREGATORS["hetlora"], weights="uniform"), dense="uniform")
 
 
 def hetlora_weighted() -> Method:
-    """HetLoRA's zero-padding weighted by data size, as a baseline (after 2024.emnlp-main.717)."""
+    """HetLoRA's zero-padding weighted by data size, as a baseline (after arXiv 2401.06432)."""
     return replace(fedit(), aggregate=partial(AGGREGATORS["hetlora"], weights="size"))
 
 

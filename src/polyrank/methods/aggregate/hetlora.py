@@ -40,7 +40,7 @@ def hetlora(
         pruning: remember the ranks that clients have pruned themselves to, and plan no more than those.
 
     References:
-        Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models. 2024.emnlp-main.717.
+        Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models. arXiv 2401.06432.
 
     Note:
         With unequal scales the paper's norm of B_i A_i would compare factors of different meaning; the scale is

@@ -154,7 +154,7 @@ def products(
         server: the server's layers.
         updates: updates with their weights.
         layers: what a client counts as that does not hold the layer.
-        keep_rows: whether a client's product includes the server's rows beyond its rank, which it ran frozen.
+        rows: what a client counts as in rows beyond its rank; ``keep`` is right where it ran the server's, frozen.
     """
     kept = list(updates)
     total = sum(weight for _, weight in kept)
@@ -173,14 +173,6 @@ def products(
             xs, ws = [*xs, LowRank(held.A, held.B * share.to(precision(held.B)), held.scale)], [*ws, 1.0]
         terms[name] = Terms(xs, ws)
     return terms
-
-
-def _lacked(server: LowRank, xs: list[LowRank], weights: list[float]) -> LowRank:
-    """The server's rows, each with the weight of the clients whose rank does not reach it."""
-    lack = torch.zeros(server.rank, dtype=torch.float64)
-    for x, w in zip(xs, weights, strict=True):
-        lack[x.rank :] += w
-    return LowRank(server.A, server.B * lack.to(server.B.dtype), server.scale)
 
 
 def settle(x: LowRank, server: LowRank, rng: np.random.Generator, rank: int | None = None) -> LowRank:

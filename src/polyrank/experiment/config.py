@@ -1,0 +1,340 @@
+"""The configuration of an experiment: one YAML file, validated strictly before anything is read or trained."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model, model_validator
+
+from polyrank.core.method import Method
+from polyrank.core.types import LocalTraining
+from polyrank.experiment.components import (
+    Strict,
+    bind,
+    describe,
+    did_you_mean,
+    entry_model,
+    parameters,
+    table_type,
+    union_of,
+)
+from polyrank.experiment.tables import DATASETS, METHODS, PARTITIONERS, SLOTS
+from polyrank.experiment.units import Flops, Memory, Share, Speed
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the file, the key, the value and what would be valid."""
+
+
+class ModelConfig(Strict):
+    """The base model and where adapters go.
+
+    Attributes:
+        name: hub name, folder (seen from the file), ``package:PKG/DIR`` inside an installed package, or digits-vit.
+        targets: ``attention``, ``attention+mlp``, ``all-linear``, or module names.
+        rank: the server's rank per module; the largest rank of the fleet if not given.
+        alpha: scale = alpha / rank; equal to the rank if not given, so that the scale is 1.
+        head: whether the classification head is trained and averaged, or stays as it started.
+        adapter: a PEFT adapter to start from.
+        dtype: of the base.
+        image_size: pixels per side, where it is not the model's own.
+        max_length: tokens per text; longer texts are cut.
+    """
+
+    name: str
+    targets: str | list[str] = "attention"
+    rank: Count | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    head: Literal["train", "freeze"] = "train"
+    adapter: Path | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    image_size: Count | None = None
+    max_length: Count = 128
+
+
+class DataCommon(Strict):
+    """What every data set takes besides its own options.
+
+    Attributes:
+        clients: how many clients share the training data; None: as many as `partition` finds (natural clients).
+        partition: how the training data is split among them.
+        hold_out: share of the training data held out for validation, where the data has no validation split.
+        limit: largest number of examples per split, for example ``{train: 2000}``.
+    """
+
+    clients: Count | None = None
+    partition: table_type(PARTITIONERS) = Field(default_factory=lambda: {"name": "iid"}, validate_default=True)  # type: ignore[valid-type]
+    hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    limit: dict[Literal["train", "validation", "test"], Count] = Field(default_factory=dict)
+
+
+class Group(Strict):
+    """A device group of the fleet; clients are numbered group by group.
+
+    Attributes:
+        name: for tables and figures.
+        share: its share of the clients; the last group takes what rounding leaves.
+        rank: the rank its clients state.
+        memory, uplink, downlink, flops: what its clients report.
+    """
+
+    name: str = ""
+    share: Share = 1.0
+    rank: Count | None = None
+    memory: Memory | None = None
+    uplink: Speed | None = None
+    downlink: Speed | None = None
+    flops: Flops | None = None
+
+
+class EvaluateConfig(Strict):
+    """When and on how much the aggregated model is evaluated.
+
+    Attributes:
+        every: rounds between evaluations on the validation split; the last round is always evaluated.
+        samples: at most so many validation examples (the test split is always used whole).
+    """
+
+    every: Count = 1
+    samples: Count | None = None
+
+
+class Expected(Strict):
+    """The figure that the experiment is expected to reach: final test accuracy, within a tolerance."""
+
+    accuracy: float
+    tolerance: float
+
+
+def _method_model(name: str) -> type[Strict]:
+    method = METHODS[name]()
+    own = {slot: describe(table, getattr(method, slot))["name"] for slot, table in SLOTS.items()}
+    slots = {slot: (table_type(table, own[slot]) | None, None) for slot, table in SLOTS.items()}
+    return entry_model(name, METHODS[name], **slots)
+
+
+def _named_slots(value: Any) -> Any:
+    """Lets ``method.aggregate: {rank: 16}`` mean the method's own rule, with that option."""
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, dict) or value.get("name") not in METHODS:
+        return value
+    method, filled = METHODS[value["name"]](), dict(value)
+    for slot, table in SLOTS.items():
+        given = value.get(slot)
+        if isinstance(given, dict):
+            own = describe(table, getattr(method, slot))
+            filled[slot] = {**own, **given} if given.get("name", own["name"]) == own["name"] else given
+    return filled
+
+
+MethodConfig = Annotated[union_of(_method_model(name) for name in METHODS), BeforeValidator(_named_slots)]
+DataConfig = union_of(entry_model(name, function, base=DataCommon) for name, function in DATASETS.items())
+LocalConfig: Any = create_model(
+    "LocalConfig", __base__=Strict, __doc__=LocalTraining.__doc__, **parameters(LocalTraining, keyword_only=False)
+)
+
+
+class Experiment(Strict):
+    """One experiment.
+
+    Attributes:
+        seed: of everything random.
+        rounds: how many.
+        cohort: clients per round; None: all of them.
+        absent: probability that a client asked in a round does not answer.
+        device: ``auto`` is a GPU if there is one.
+        threads: CPU threads; None: all cores the process may use.
+        model, data, fleet, method, local, evaluate: see there.
+        baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
+            many rounds and evaluated alike.
+        expected: the figure to reach, checked by tests.
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Count
+    cohort: Count | None = None
+    absent: Probability = 0.0
+    device: str = "auto"
+    threads: Count | None = None
+    model: ModelConfig
+    data: DataConfig  # type: ignore[valid-type]
+    fleet: list[Group] = Field(min_length=1)
+    method: MethodConfig = Field(default_factory=lambda: {"name": "fedit"}, validate_default=True)  # type: ignore[valid-type]
+    local: LocalConfig = Field(default_factory=dict, validate_default=True)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    baselines: list[Literal["single", "local"]] = Field(default_factory=list)
+    expected: Expected | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        total = sum(group.share for group in self.fleet)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"fleet: shares sum to {total:g}, not 1")
+        self.local_training()
+        return self
+
+    def local_training(self) -> LocalTraining:
+        """The settings of a client's round."""
+        return LocalTraining(**self.local.model_dump())
+
+    def build_method(self) -> Method:
+        """The composition, with the slots that the file overrides."""
+        chosen: Any = self.method
+        options = {key: getattr(chosen, key) for key in parameters(METHODS[chosen.name])}
+        method = METHODS[chosen.name](**options)
+        bound = {slot: bind(table, own) for slot, table in SLOTS.items() if (own := getattr(chosen, slot)) is not None}
+        if self.model.head == "freeze":
+            bound["dense"] = "freeze"  # type: ignore[assignment]
+        return replace(method, **bound)  # type: ignore[arg-type]
+
+    def resolved(self) -> dict[str, Any]:
+        """The experiment with every default and every answer of the method written out; loads again as it is."""
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        method = self.build_method()
+        plain["method"] |= {slot: describe(table, getattr(method, slot)) for slot, table in SLOTS.items()}
+        for group, given in zip(plain["fleet"], self.fleet, strict=True):
+            units = {"memory": "B", "uplink": "bit/s", "downlink": "bit/s", "flops": "FLOP/s"}
+            group.update({key: f"{getattr(given, key)!r} {unit}" for key, unit in units.items() if key in group})
+        return plain
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its current version has it: ``1e-3`` is a number, which PyYAML takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: if it is not YAML.
+    """
+    return yaml.load(text, _Loader)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Experiment:
+    """Reads and validates a file. ``--set`` overrides are ``key.sub=value`` with YAML values.
+
+    Raises:
+        ConfigError: naming the file, the key, the value and what would be valid.
+    """
+    try:
+        raw = read_yaml(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping with keys {', '.join(Experiment.model_fields)}")
+    for override in overrides or []:
+        _apply(raw, override)
+    return parse(raw, str(path), path.parent)
+
+
+def parse(raw: dict[str, Any], where: str, folder: Path) -> Experiment:
+    """Validates a mapping; relative paths in it are seen from `folder`."""
+    try:
+        experiment = Experiment.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(raw, dict(item))}" for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    return _absolute(experiment, folder)
+
+
+def method_with(name: str, overrides: list[str]) -> Method:
+    """A named method with options of its aggregation rule overridden, given as ``option=value``."""
+    section: dict[str, Any] = {"name": name, "aggregate": {}}
+    for override in overrides:
+        _apply(section["aggregate"], override)
+    raw = {"rounds": 1, "model": {"name": ""}, "data": "digits", "fleet": [{"rank": 1}], "method": section}
+    return parse(raw, "merge", Path()).build_method()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors."""
+    schema = TypeAdapter(Experiment).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyrank experiment", **schema}
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: must be key=value, for example --set rounds=5")
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    *path, last = key.split(".")
+    node: Any = raw
+    for part in path:
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+            continue
+        if isinstance(node.get(part), str):
+            node[part] = {"name": node[part]}
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"--set {override}: {part} is {node!r}, not a section")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"--set {override}: {part!r} is not a position in a list of {len(items)} (from 0)")
+    return int(part)
+
+
+def _explain(raw: dict[str, Any], error: dict[str, Any]) -> str:
+    """One line for one validation error: the key as the file has it, the value, and what would be valid."""
+    key, node = [], raw
+    for part in error["loc"]:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            node = node[part]
+            key.append(str(part))
+        elif not (isinstance(node, dict) and part == node.get("name")) and not str(part).startswith("function-"):
+            key += [str(part)] if error["type"] == "missing" else []
+    name = ".".join(key)
+    if error["type"] == "union_tag_invalid":
+        tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+        return f"{name}.name: {error['ctx']['tag']!r} is unknown.{did_you_mean(error['ctx']['tag'], tags)}"
+    if error["type"] == "union_tag_not_found":
+        return f"{name}.name: missing"
+    if error["type"] == "missing":
+        return f"{name}: missing"
+    if error["type"] == "unknown_key":
+        return f"{name + ': ' if name else ''}{error['msg']}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{name}: {error['input']!r} {message}" if name else message
+
+
+def _absolute(experiment: Experiment, folder: Path) -> Experiment:
+    """Paths as seen from the file's folder, so that the resolved experiment runs from anywhere."""
+
+    def fix(section: Strict) -> Strict:
+        paths = {
+            key: Path(folder / value.expanduser()).resolve()
+            for key in type(section).model_fields
+            if isinstance(value := getattr(section, key), Path)
+        }
+        return section.model_copy(update=paths)
+
+    name = experiment.model.name
+    if (folder / Path(name).expanduser()).is_dir() or name.startswith((".", "~")):
+        name = str((folder / Path(name).expanduser()).resolve())
+    model = fix(experiment.model).model_copy(update={"name": name})
+    return experiment.model_copy(update={"model": model, "data": fix(experiment.data)})

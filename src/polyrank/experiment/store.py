@@ -1,0 +1,163 @@
+"""A run on disk, and its checkpoints: safetensors and JSON, written whole or not at all.
+
+    experiment.yaml   the resolved experiment         rounds.jsonl   one RoundRecord a line
+    summary.json      results, versions, hardware     timings.jsonl  wall seconds per round
+    adapter/          the final adapter, PEFT format  best/          the validation-selected one
+    state/            what `polyrank resume` needs
+
+Everything but timings.jsonl and summary.json is the same, byte for byte, whenever the same experiment runs on the
+same machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save
+
+from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.types import RoundRecord, ServerState
+from polyrank.experiment.config import ConfigError, Experiment, parse
+from polyrank.files import sweep, write_bytes, write_text
+
+
+class RunError(ValueError):
+    """A folder that holds no run, or holds one already."""
+
+
+class Run:
+    """The folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rounds_file, self.timings_file = folder / "rounds.jsonl", folder / "timings.jsonl"
+        self.checkpoint, self.summary_file = folder / "state" / "checkpoint.safetensors", folder / "summary.json"
+        self.adapter, self.best = folder / "adapter", folder / "best"
+
+    @classmethod
+    def create(cls, folder: Path, experiment: Experiment) -> Run:
+        """A new run. Refuses a folder with anything in it."""
+        check_free(folder)
+        run = cls(folder)
+        write_text(folder / "experiment.yaml", yaml.safe_dump(experiment.resolved(), sort_keys=False))
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """An existing run."""
+        if not (folder / "experiment.yaml").is_file():
+            raise RunError(f"{folder}: no run here (a run's folder has experiment.yaml)")
+        return cls(folder)
+
+    def experiment(self) -> Experiment:
+        """The resolved experiment."""
+        path = self.folder / "experiment.yaml"
+        raw = yaml.safe_load(path.read_text())
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: not an experiment")
+        return parse(raw, str(path), self.folder)
+
+    def append(self, record: RoundRecord, wall_seconds: float) -> None:
+        """One line per file. A record may outlive its round's checkpoint; `restore` drops it then."""
+        for path, value in (
+            (self.rounds_file, asdict(record)),
+            (self.timings_file, {"round": record.round, "wall_seconds": round(wall_seconds, 3)}),
+        ):
+            with open(path, "a") as file:
+                file.write(json.dumps(value) + "\n")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of complete lines, in order."""
+        yield from _lines(self.rounds_file)
+
+    def wall_seconds(self) -> float:
+        """Seconds spent in rounds, over all sittings."""
+        return float(sum(line["wall_seconds"] for line in _lines(self.timings_file)))
+
+    def save(self, state: ServerState) -> None:
+        """The checkpoint after a round, replacing the one before."""
+        write_bytes(self.checkpoint, pack(state))
+
+    def restore(self) -> ServerState | None:
+        """The last checkpoint, or None before the first; records of later rounds and half-written files are dropped."""
+        sweep(self.folder)
+        state = unpack(self.checkpoint) if self.checkpoint.is_file() else None
+        done = state.round if state else 0
+        for path in (self.rounds_file, self.timings_file):
+            kept = [value for value in _lines(path) if value["round"] < done]
+            write_text(path, "".join(json.dumps(value) + "\n" for value in kept))
+        return state
+
+
+def check_free(folder: Path) -> None:
+    """Refuses an output folder with anything in it.
+
+    Raises:
+        RunError: saying what is there, and how to go on.
+    """
+    if (folder / "experiment.yaml").is_file():
+        raise RunError(
+            f"{folder}: already holds a run; `polyrank resume {folder}` continues it, or choose another --out"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: is not an empty folder; choose another --out")
+
+
+def free_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """``runs/name``, or the first of ``runs/name-2``, ``-3``, ... that is not taken."""
+    folder, number = parent / name, 2
+    while folder.exists():
+        folder, number = parent / f"{name}-{number}", number + 1
+    return folder
+
+
+def pack(state: ServerState) -> bytes:
+    """A state as one safetensors file; what is not a tensor is JSON in its header."""
+    tensors: dict[str, torch.Tensor] = {}
+    scales: dict[str, dict[str, float]] = {}
+    for part in ("adapter", "folded"):
+        adapter: Adapter = getattr(state, part)
+        scales[part] = {name: x.scale for name, x in adapter.layers.items()}
+        for name, x in adapter.layers.items():
+            tensors |= {f"{part}/A/{name}": x.A.contiguous(), f"{part}/B/{name}": x.B.contiguous()}
+        tensors |= {f"{part}/dense/{name}": tensor.contiguous() for name, tensor in adapter.dense.items()}
+    plain = {
+        "round": state.round,
+        "scales": scales,
+        "dense": {part: list(getattr(state, part).dense) for part in scales},
+        "scores": dict(state.scores),
+        "memory": dict(state.memory),
+    }
+    return save(tensors, metadata={"state": json.dumps(plain)})
+
+
+def unpack(path: Path) -> ServerState:
+    """The state in a file that `pack` made."""
+    with safe_open(path, "pt") as file:
+        plain = json.loads(file.metadata()["state"])
+
+        def part(name: str) -> Adapter:
+            layers = {
+                layer: LowRank(file.get_tensor(f"{name}/A/{layer}"), file.get_tensor(f"{name}/B/{layer}"), scale)
+                for layer, scale in plain["scales"][name].items()
+            }
+            return Adapter(layers, {key: file.get_tensor(f"{name}/dense/{key}") for key in plain["dense"][name]})
+
+        return ServerState(plain["round"], part("adapter"), part("folded"), plain["scores"], plain["memory"])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return  # a line that a crash cut short

@@ -1,0 +1,50 @@
+"""Numbers as people write them: ``2 GiB``, ``7.08 Mbit/s``, ``1/3``."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+_DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_BYTES = {f"{p}B": n for p, n in _DECIMAL.items()} | {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_BITS = {f"{p}bit/s": n for p, n in _DECIMAL.items()} | {f"{p}B/s": 8 * n for p, n in _DECIMAL.items()}
+_FLOPS = {f"{p}FLOP/s": n for p, n in _DECIMAL.items()}
+
+
+def _quantity(units: dict[str, int], example: str) -> BeforeValidator:
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError(f"needs a unit, for example {example!r}")
+        match = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)\s*", value)
+        if not match or match[2] not in units:
+            raise ValueError(f"is not a quantity such as {example!r}; units: {', '.join(units)}")
+        number = float(match[1]) * units[match[2]]
+        if not (number > 0 and math.isfinite(number)):
+            raise ValueError("must be more than 0")
+        return number
+
+    return BeforeValidator(parse, json_schema_input_type=str)
+
+
+def _share(value: Any) -> Any:
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else value
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("is not a share such as '1/3' or 0.25") from None
+
+
+Memory = Annotated[float, _quantity(_BYTES, "2 GiB")]
+"""Bytes."""
+
+Speed = Annotated[float, _quantity(_BITS, "7.08 Mbit/s")]
+"""Bits per second."""
+
+Flops = Annotated[float, _quantity(_FLOPS, "10 TFLOP/s")]
+"""Floating-point operations per second."""
+
+Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=float | str), Field(gt=0, le=1)]
+"""A part of a whole."""

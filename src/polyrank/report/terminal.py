@@ -1,0 +1,149 @@
+"""What the terminal shows: live rounds, tables, a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from polyrank.experiment.session import Session
+
+_SHADES = " ░▒▓█"
+_ROWS_SHOWN = 12
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.5 MB`` is 1.5 million."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def span(seconds: float) -> str:
+    """Seconds for people: ``1 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+class Progress:
+    """Rounds as they end: a live table in a terminal, a line each elsewhere, nothing when silent."""
+
+    def __init__(self, console: Console, rounds: int, done: int, *, silent: bool = False) -> None:
+        self.console, self.rounds, self.done, self.silent = console, rounds, done, silent
+        self.rows: list[tuple[str, ...]] = []
+        self.seconds: list[float] = []
+        self.live: Live | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[Progress]:
+        """Shows the table until the context ends."""
+        if self.silent or not self.console.is_terminal:
+            yield self
+            return
+        with Live(self._table(), console=self.console, refresh_per_second=4) as self.live:
+            yield self
+
+    def add(self, record: Mapping[str, Any], seconds: float) -> None:
+        """One more round."""
+        self.seconds.append(seconds)
+        self.done = record["round"] + 1
+        left = float(np.median(self.seconds)) * (self.rounds - self.done)
+        losses, accuracy = list(record["losses"].values()), record["metrics"].get("validation/accuracy")
+        row = (
+            f"{self.done}/{self.rounds}",
+            f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
+            f"{np.mean(losses):.4f}" if losses else "-",
+            f"{accuracy:.2%}" if accuracy is not None else "-",
+            size(sum(record["bytes_up"].values())),
+            size(sum(record["bytes_down"].values())),
+            span(seconds),
+            span(left),
+        )
+        self.rows.append(row)
+        if self.live is not None:
+            self.live.update(self._table())
+        elif not self.silent:
+            names = ("round", "clients", "loss", "validation", "up", "down", "took", "left")
+            line = "  ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _table(self) -> Group:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("round", "clients", "loss", "validation", "up", "down", "took", "left"):
+            table.add_column(name, justify="right")
+        for row in self.rows[-_ROWS_SHOWN:]:
+            table.add_row(*row)
+        full = round(30 * self.done / self.rounds)
+        return Group(table, Text("━" * full, "green") + Text("━" * (30 - full), "dim"))
+
+
+def headline(session: Session) -> str:
+    """What is about to run, and where."""
+    e, clients = session.experiment, session.world.simulator.profiles()
+    return (
+        f"{e.method.name} on {e.data.name}: {len(clients)} clients, {len(session.world.spec.modules)} adapted modules, "
+        f"rounds {session.state.round + 1}-{e.rounds}; run in {session.run.folder}"
+    )
+
+
+def outcome(summary: Mapping[str, Any], adapter: Path) -> str:
+    """What it cost, and where the adapter is."""
+    up, down = size(summary["bytes_up"]), size(summary["bytes_down"])
+    return f"{up} up, {down} down, {span(summary['wall_seconds'])} of rounds; adapter (PEFT format): {adapter}"
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """Test accuracy before and after, and of the baselines."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("test accuracy")
+    table.add_column("", justify="right")
+    final, selected, baselines = summary["final"], summary["selected"], summary.get("baselines", {})
+    table.add_row("before", f"{summary['before']['test']['accuracy']:.2%}")
+    table.add_row(f"{summary['method']}, final round", f"[bold]{final['test']['accuracy']:.2%}[/]")
+    if selected and selected["round"] != final["round"]:
+        name = f"{summary['method']}, round {selected['round'] + 1} (best on validation)"
+        table.add_row(name, f"{selected['test']['accuracy']:.2%}")
+    if "local" in baselines:
+        local = baselines["local"]
+        table.add_row(f"best single client ({local['best']})", f"{local['test']['accuracy']:.2%}")
+        table.add_row("mean of single clients", f"{local['mean_accuracy']:.2%}")
+    if "single" in baselines:
+        table.add_row("centralised (pooled data)", f"{baselines['single']['test']['accuracy']:.2%}")
+    return table
+
+
+def heat_map(counts: np.ndarray, clients: Sequence[str], groups: Sequence[str], classes: Sequence[str]) -> Table:
+    """Client x class counts: numbers where the classes fit, shades otherwise."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("client")
+    table.add_column("group")
+    table.add_column("examples", justify="right")
+    narrow = len(classes) <= 12
+    for name in [str(c)[:10] for c in classes] if narrow else [f"{len(classes)} classes"]:
+        table.add_column(name, justify="right" if narrow else "left", no_wrap=True)
+    top = max(int(counts.max()), 1)
+    for client, group, row in zip(clients, groups, counts, strict=True):
+        if narrow:
+            cells = [f"[on {_color(value / top)}]{value:>4}[/]" if value else "[dim]   ·[/]" for value in row]
+        else:
+            cells = ["".join(_SHADES[min(-(-4 * int(value) // top), 4)] for value in row)]
+        table.add_row(client, group, str(int(row.sum())), *cells)
+    return table
+
+
+def _color(part: float) -> str:
+    level = round(40 + 120 * part)
+    return f"rgb(0,{level},{level})"

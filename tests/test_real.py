@@ -1,0 +1,57 @@
+"""Real models on real data, where both are present: every experiment that states a figure reaches it.
+
+The adapter of each run is then loaded by PEFT onto a base that is loaded anew, and must give the same test accuracy.
+"""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from polyrank.cli import app
+from polyrank.experiment.config import read_yaml
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+FILES = {path.stem: path for path in sorted(EXPERIMENTS.glob("*.yaml"))}
+STATED = {name: raw for name, path in FILES.items() if "expected" in (raw := read_yaml(path.read_text()))}
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
+
+
+def missing(raw: dict[str, Any]) -> list[str]:
+    """What an experiment names that is not on this machine."""
+    name = raw["model"]["name"]
+    named = [value for value in raw["data"].values() if isinstance(value, str) and "/" in value]
+    absent = [path for path in named if not (EXPERIMENTS / path).exists()]
+    if name.startswith("package:"):
+        package = name.removeprefix("package:").partition("/")[0]
+        return absent + [f"package {package}"] * (importlib.util.find_spec(package) is None)
+    return absent + [name] * ("/" in name and not (EXPERIMENTS / name).exists())
+
+
+def printed(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_an_experiment_reaches_its_figure(name: str, tmp_path: Path) -> None:
+    if absent := missing(STATED[name]):
+        pytest.skip(f"not here: {', '.join(absent)}")
+    expected = STATED[name]["expected"]
+    summary = printed("run", FILES[name], "--out", tmp_path / "run")
+    accuracy = summary["final"]["test"]["accuracy"]
+    assert accuracy == pytest.approx(expected["accuracy"], abs=expected["tolerance"])
+    assert summary["before"]["test"]["accuracy"] < expected["accuracy"] - expected["tolerance"]
+    again = printed("evaluate", tmp_path / "run")
+    assert again["accuracy"] == accuracy
+    assert math.isclose(again["loss"], summary["final"]["test"]["loss"], rel_tol=1e-4)
+
+
+def test_figures_are_stated() -> None:
+    assert STATED.keys() >= {"banking77_minilm", "cifar10_vit", "sst2_minilm"}
