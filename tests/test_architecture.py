@@ -14,16 +14,17 @@ MOST_LINES = 400
 # "" is polyrank/__init__.py, the public surface.
 MAY_IMPORT = {
     "core": {"core"},
+    "errors": set(),
     "methods": {"core", "methods"},
     "files": set(),
-    "data": {"core", "files", "data"},
-    "local": {"core", "files", "data", "local"},
-    "engines": {"core", "files", "data", "local", "engines"},
-    "experiment": {"", "core", "methods", "files", "data", "local", "engines", "experiment"},
-    "report": {"", "core", "methods", "files", "data", "local", "engines", "experiment", "report"},
+    "data": {"core", "errors", "files", "data"},
+    "local": {"core", "errors", "files", "data", "local"},
+    "engines": {"core", "errors", "files", "data", "local", "engines"},
+    "experiment": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
+    "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
     "": {"core", "methods", "data", "local", "engines", "experiment"},
-    "cli": {"", "core", "methods", "files", "data", "local", "engines", "experiment", "report", "cli"},
-    "flower_app": {"", "core", "methods", "files", "data", "local", "engines", "experiment"},
+    "cli": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "cli"},
+    "flower_app": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
     "__main__": {"cli"},
 }
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only

@@ -104,10 +104,28 @@ def test_plain_lines_where_there_is_no_terminal(digits_file: Path, here: Path) -
 
 def test_resume_finishes_a_run(digits_file: Path, here: Path) -> None:
     done("run", digits_file, "--out", "one", "--quiet")
-    (here / "one" / "adapter" / "adapter_model.safetensors").unlink()
+    weights = here / "one" / "adapter" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    (here / "one" / "summary.json").unlink()
     printed = json.loads(done("resume", "one", "--json"))
     assert printed["rounds"] == 3
-    assert (here / "one" / "adapter" / "adapter_model.safetensors").is_file()
+    assert weights.read_bytes() == before
+
+
+def test_resuming_a_finished_run_shows_what_it_reached(digits_file: Path, here: Path) -> None:
+    first = json.loads(done("run", digits_file, "--out", "one", "--json"))
+    (here / "one" / "state" / "checkpoint.safetensors").unlink()  # nothing is computed again
+    assert json.loads(done("resume", "one", "--json")) == first
+
+
+def test_a_damaged_checkpoint_is_said_to_be_damaged(digits_file: Path, here: Path) -> None:
+    done("run", digits_file, "--out", "one", "--quiet")
+    (here / "one" / "summary.json").unlink()
+    (here / "one" / "state" / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
+    result = call("resume", "one")
+    assert result.exit_code == 2
+    assert "damaged" in result.output
 
 
 # --- evaluate

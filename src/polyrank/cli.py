@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from polyrank import __version__
 
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
+    from polyrank.experiment.store import Run
 
 app = typer.Typer(
     name="polyrank",
@@ -43,22 +44,13 @@ def main() -> None:
 @contextmanager
 def _mistakes() -> Iterator[None]:
     """Turns errors that the user can mend into a message and exit code 2."""
-    from polyrank.data import DataError
-    from polyrank.experiment.config import ConfigError
-    from polyrank.experiment.store import RunError
-    from polyrank.local.adapters import AdapterError
-    from polyrank.local.hf import ModelError
-    from polyrank.local.targets import TargetError
-    from polyrank.local.trainer import TrainingError
+    from polyrank.errors import InputError, TrainingError
 
     try:
         yield
-    except (ConfigError, DataError, RunError, AdapterError, ModelError, TargetError, ImportError, OSError) as error:
+    except (InputError, TrainingError, ImportError, OSError) as error:
         err.print(f"[red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except TrainingError as error:
-        err.print(f"[red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -103,12 +95,17 @@ def resume(
         from polyrank.experiment.session import Session
         from polyrank.experiment.store import Run
 
-        _drive(Session(Run.open(folder)), quiet, json_)
+        stored = Run.open(folder)
+        finished = stored.summary()
+        if finished is None:
+            _drive(Session(stored), quiet, json_)
+        else:
+            _report(stored, finished, quiet, json_)
 
 
 def _drive(session: Session, quiet: bool, json_: bool) -> None:
     """Runs a session to its end, showing rounds as they end."""
-    from polyrank.report.terminal import Progress, headline, outcome, results_table
+    from polyrank.report.terminal import Progress, headline
 
     silent = quiet or json_
     try:
@@ -122,16 +119,21 @@ def _drive(session: Session, quiet: bool, json_: bool) -> None:
             out.print(f"training the baselines: {', '.join(session.experiment.baselines)}", highlight=False)
         summary = session.finish()
     except KeyboardInterrupt:
-        folder = session.run.folder
-        err.print(
-            f"interrupted after round {session.state.round}; continue with: polyrank resume {folder}", soft_wrap=True
-        )
+        done, folder = session.state.round, session.run.folder
+        err.print(f"interrupted after round {done}; continue with: polyrank resume {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
+    _report(session.run, summary, quiet, json_)
+
+
+def _report(stored: Run, summary: dict[str, Any], quiet: bool, json_: bool) -> None:
+    """Prints what a finished run reached."""
+    from polyrank.report.terminal import outcome, results_table
+
     if json_:
-        print(json.dumps({"run": str(session.run.folder), **summary}))
+        print(json.dumps({"run": str(stored.folder), **summary}))
     elif not quiet:
         out.print(results_table(summary))
-        out.print(outcome(summary, session.run.adapter), highlight=False, soft_wrap=True)
+        out.print(outcome(summary, stored.adapter), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -231,8 +233,8 @@ def data(
 ) -> None:
     """Show how an experiment's training data is split among its clients."""
     with _mistakes():
-        from polyrank.experiment.build import fleet_profiles, share_data
         from polyrank.experiment.config import load
+        from polyrank.experiment.shares import fleet_profiles, share_data
         from polyrank.report.figures import split_heat_map
         from polyrank.report.terminal import heat_map
 

@@ -19,9 +19,10 @@ from polyrank.core.federate import sample
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState
-from polyrank.experiment.build import build, share_data
+from polyrank.experiment.build import build
 from polyrank.experiment.config import ConfigError, Experiment, parse
 from polyrank.experiment.session import Session, exported
+from polyrank.experiment.shares import share_data
 from polyrank.experiment.store import Run, RunError, free_folder, pack, unpack
 from polyrank.local.adapters import AdapterError, read_adapter, write_adapter
 from polyrank.local.hf import load_exported

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polyrank.core.lowrank import Adapter, LowRank, combine, delta, zeros
 from polyrank.core.rng import stream
-from polyrank.local import hf
+from polyrank.local import attach, hf
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter, write_adapter
 from polyrank.local.targets import TargetError
 
@@ -358,7 +358,7 @@ def test_dropout_comes_from_the_stream(tiny_model: Models, tiny_batch: Batches, 
 
 
 def test_dropout_keeps_the_mean_of_an_update() -> None:
-    kept = hf._keep(torch.ones(200, 500), 0.25, torch.Generator().manual_seed(0))
+    kept = attach._keep(torch.ones(200, 500), 0.25, torch.Generator().manual_seed(0))
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
     assert kept.mean().item() == pytest.approx(1.0, abs=0.01)
 

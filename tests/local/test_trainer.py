@@ -17,8 +17,9 @@ from polyrank.core.rng import stream
 from polyrank.core.types import ClientProfile, LocalTraining, ServerState, TailPenalty, Task, Update
 from polyrank.data import TextSplit
 from polyrank.engines.simulator import Simulator
+from polyrank.errors import TrainingError
 from polyrank.local.hf import Base
-from polyrank.local.trainer import TrainingError, evaluate, train
+from polyrank.local.trainer import evaluate, train
 from polyrank.methods import METHODS
 
 Adapters = Callable[..., Adapter]

@@ -9,8 +9,10 @@ from typing import Literal
 
 import numpy as np
 
+from polyrank.errors import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """Data that cannot be used; the message names the file, the key, the value and what would be valid."""
 
 

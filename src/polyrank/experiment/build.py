@@ -9,47 +9,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from polyrank.core.lowrank import Adapter, fresh, pad, rescale
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
-from polyrank.core.types import Client, ClientProfile, ModelSpec, ServerState
+from polyrank.core.types import ClientProfile, ModelSpec, ServerState
 from polyrank.data import (
     Dataset,
     ImageSplit,
-    Partition,
     TextSplit,
-    hold_out,
-    limit,
     prepare_images,
     prepare_text,
 )
 from polyrank.engines.simulator import Simulator
-from polyrank.experiment.components import parameters
-from polyrank.experiment.config import ConfigError, Experiment, Group
-from polyrank.experiment.tables import DATASETS, PARTITIONERS
+from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.local import hf
 from polyrank.local.adapters import AdapterError, read_adapter
 from polyrank.local.digits_base import digits_vit
 
 Split = TextSplit | ImageSplit
 BUILT_IN_MODELS = {"digits-vit": digits_vit}
-
-
-@dataclass(frozen=True)
-class Shares:
-    """The data set and who holds what of its training split."""
-
-    dataset: Dataset
-    partition: Partition
-    clients: tuple[Client, ...]
-
-    def of(self, client: Client) -> npt.NDArray[np.int64]:
-        """A client's indices into the training split."""
-        return self.partition[self.clients.index(client)]
 
 
 @dataclass(frozen=True)
@@ -68,40 +49,6 @@ def on_this_machine(experiment: Experiment) -> Experiment:
     """The experiment with its device and threads decided, so that a resumed run computes as it began."""
     threads = experiment.threads or default_threads()
     return experiment.model_copy(update={"device": pick_device(experiment.device), "threads": threads})
-
-
-def share_data(experiment: Experiment) -> Shares:
-    """Loads the data set, holds out validation, and splits the training data among the clients.
-
-    Every step draws from its own stream of the seed alone, so every method of a comparison sees the same split.
-    """
-    config, seed = experiment.data, experiment.seed
-    options = {key: getattr(config, key) for key in parameters(DATASETS[config.name])}
-    dataset = DATASETS[config.name](**options)
-    dataset = hold_out(dataset, config.hold_out, stream(seed, "hold-out"))
-    dataset = limit(dataset, config.limit, stream(seed, "limit"))
-    chosen = config.partition
-    keywords = {key: getattr(chosen, key) for key in parameters(PARTITIONERS[chosen.name])}
-    partition = PARTITIONERS[chosen.name](dataset.train, config.clients, stream(seed, "partition"), **keywords)
-    width = len(str(len(partition) - 1))
-    names = partition.names or tuple(f"client_{i:0{width}d}" for i in range(len(partition)))
-    return Shares(dataset, partition, tuple(names))
-
-
-def fleet_profiles(fleet: list[Group], shares: Shares) -> dict[Client, ClientProfile]:
-    """A profile per client: clients are numbered group by group, the last group takes what rounding leaves."""
-    count = len(shares.clients)
-    sizes = [int(count * group.share + 1e-9) for group in fleet[:-1]]
-    groups = np.repeat(np.arange(len(fleet)), [*sizes, count - sum(sizes)])
-    examples = shares.partition.sizes
-    return {
-        client: ClientProfile(
-            examples=int(examples[index]),
-            **fleet[g].model_dump(exclude={"share", "name"}),
-            group=fleet[g].name or f"group {g}",
-        )
-        for index, (client, g) in enumerate(zip(shares.clients, groups.tolist(), strict=True))
-    }
 
 
 def load_base(experiment: Experiment, dataset: Dataset) -> tuple[hf.Base, dict[str, Split]]:
@@ -212,9 +159,11 @@ def _check_ranks(experiment: Experiment, method: Method) -> None:
             raise ConfigError(f"fleet.{index}.rank: {group.rank} exceeds model.rank, {rank}")
     probes = {f"fleet.{index}": ClientProfile(1, rank=group.rank) for index, group in enumerate(experiment.fleet)}
     try:
-        method.estimate(probes, ModelSpec({"m": (1, 1)}))
+        budgets = method.estimate(probes, ModelSpec({"module": (1, 1)}))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if max(budgets.values()) > rank:
+        raise ConfigError(f"method.estimate: gives a rank of {max(budgets.values())}, above model.rank, {rank}")
 
 
 def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment) -> None:  # type: ignore[type-arg]

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, creat
 
 from polyrank.core.method import Method
 from polyrank.core.types import LocalTraining
+from polyrank.errors import InputError
 from polyrank.experiment.components import (
     Strict,
     bind,
@@ -29,7 +30,7 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be run; the message names the file, the key, the value and what would be valid."""
 
 

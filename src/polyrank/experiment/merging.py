@@ -54,7 +54,9 @@ def merged(state: ServerState, alpha: float | None, rank: int | None = None) -> 
     """The whole merged adapter, lossless, or its best approximation of `rank`."""
     total = combine([state.folded, state.adapter])
     layers = {name: x if rank is None else compress(x, rank) for name, x in total.layers.items()}
-    if rank is None and state.folded.layers:  # no weighted sum of the inputs has a rank above the server's room for them
+    if (
+        rank is None and state.folded.layers
+    ):  # no weighted sum of the inputs has a rank above the server's room for them
         layers = {name: compress(x, state.adapter.layers[name].rank) for name, x in layers.items()}
     return Adapter({name: _with_alpha(trim(x), alpha) for name, x in layers.items()}, total.dense)
 

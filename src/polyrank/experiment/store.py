@@ -12,6 +12,7 @@ same machine.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +20,17 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.types import RoundRecord, ServerState
+from polyrank.errors import InputError
 from polyrank.experiment.config import ConfigError, Experiment, parse
 from polyrank.files import sweep, write_bytes, write_text
 
 
-class RunError(ValueError):
+class RunError(InputError):
     """A folder that holds no run, or holds one already."""
 
 
@@ -64,6 +66,13 @@ class Run:
             raise ConfigError(f"{path}: not an experiment")
         return parse(raw, str(path), self.folder)
 
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; it is the last thing written."""
+        if not self.summary_file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(self.summary_file.read_text())
+        return found
+
     def append(self, record: RoundRecord, wall_seconds: float) -> None:
         """One line per file. A record may outlive its round's checkpoint; `restore` drops it then."""
         for path, value in (
@@ -72,6 +81,8 @@ class Run:
         ):
             with open(path, "a") as file:
                 file.write(json.dumps(value) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of complete lines, in order."""
@@ -88,7 +99,10 @@ class Run:
     def restore(self) -> ServerState | None:
         """The last checkpoint, or None before the first; records of later rounds and half-written files are dropped."""
         sweep(self.folder)
-        state = unpack(self.checkpoint) if self.checkpoint.is_file() else None
+        try:
+            state = unpack(self.checkpoint) if self.checkpoint.is_file() else None
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.checkpoint}: damaged, so the run cannot be resumed: {error}") from None
         done = state.round if state else 0
         for path in (self.rounds_file, self.timings_file):
             kept = [value for value in _lines(path) if value["round"] < done]

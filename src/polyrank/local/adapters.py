@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.errors import InputError
 from polyrank.files import write_bytes, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,7 +28,7 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight$")
 
 
-class AdapterError(ValueError):
+class AdapterError(InputError):
     """A folder is not an adapter that polyrank can read, or not one of the expected model."""
 
 

@@ -1,8 +1,7 @@
-"""The only file that knows Transformers and PEFT: a frozen base model, and adapters attached to it.
+"""The only file that knows Transformers and PEFT: a frozen base model, its tokenizer and its pixels.
 
-One base stays in memory however many clients there are. An adapter is attached by forward hooks on the adapted
-modules, at each client's own ranks, and leaves no trace when it is detached; trained dense parameters (the head)
-are passed to each call instead of being written into the model.
+One base stays in memory however many clients there are. Adapters are attached to it (`polyrank.local.attach`) at each
+client's own ranks; trained dense parameters (the head) are passed to each call instead of being written into it.
 """
 
 from __future__ import annotations
@@ -11,62 +10,29 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from polyrank.core.lowrank import Adapter, Factors, LowRank
-from polyrank.core.rng import torch_generator
+from polyrank.core.lowrank import Adapter, Factors
 from polyrank.core.types import ModelSpec
+from polyrank.errors import InputError
 from polyrank.local.adapters import AdapterInfo
+from polyrank.local.attach import Attachment, Batch, attached
 from polyrank.local.targets import resolve_targets
 
-Batch = Mapping[str, Tensor]
 
-
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model cannot be found, loaded, or used for the task."""
-
-
-@dataclass
-class Attachment:
-    """An adapter attached to the base: call it on a batch to get logits.
-
-    Attributes:
-        A, B: the trained low-rank factors by layer (leaves; they need gradients where the factor is trained).
-        dense: the trained dense parameters by name.
-    """
-
-    forward: Callable[[Batch], Tensor]
-    A: dict[str, Tensor]
-    B: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    scales: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.forward(batch)
-
-    def parameters(self) -> list[Tensor]:
-        """What an optimizer updates."""
-        return [t for group in (self.A, self.B, self.dense) for t in group.values() if t.requires_grad]
-
-    def adapter(self) -> Adapter:
-        """The current values, detached, on the CPU."""
-        layers = {
-            name: LowRank(self.A[name].detach().cpu(), self.B[name].detach().cpu(), self.scales[name])
-            for name in self.A
-        }
-        return Adapter(layers, {name: tensor.detach().cpu() for name, tensor in self.dense.items()})
 
 
 class Base:
@@ -103,7 +69,6 @@ class Base:
         named = dict(self.model.named_parameters())
         return {name: named[name].detach().cpu().float().clone() for name in self.head}
 
-    @contextmanager
     def attached(
         self,
         adapter: Adapter,
@@ -111,7 +76,7 @@ class Base:
         factors: Factors | None = None,
         dropout: float = 0.0,
         rng: np.random.Generator | None = None,
-    ) -> Iterator[Attachment]:
+    ) -> AbstractContextManager[Attachment]:
         """The base with `adapter` in training and `frozen` beside it, until the context ends.
 
         Args:
@@ -121,56 +86,7 @@ class Base:
             dropout: probability that an input element of A is dropped.
             rng: draws the dropout masks.
         """
-        frozen = frozen or Adapter()
-        live = self._leaves(adapter, factors)
-        masks = torch_generator(rng) if dropout and rng is not None else None
-        handles = [
-            self.modules[name].register_forward_hook(self._hook(name, live, frozen.layers.get(name), dropout, masks))
-            for name in {**live.A, **frozen.layers}
-        ]
-        fixed = {name: tensor.to(self.device) for name, tensor in frozen.dense.items()}
-        live.forward = lambda batch: self._logits(batch, {**fixed, **live.dense})
-        try:
-            yield live
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _on_device(self, tensor: Tensor, copy: bool = False) -> Tensor:
-        # Row-major, whatever it was: products of other layouts round differently, and files and wires keep none.
-        return tensor.detach().to(self.device, torch.float32, copy=copy).contiguous()
-
-    def _leaves(self, adapter: Adapter, factors: Factors | None) -> Attachment:
-        def leaf(tensor: Tensor, trained: bool) -> Tensor:
-            return self._on_device(tensor, copy=True).requires_grad_(trained)
-
-        trains = factors or ""
-        return Attachment(
-            forward=lambda batch: self._logits(batch, {}),
-            A={name: leaf(x.A, "A" in trains) for name, x in adapter.layers.items()},
-            B={name: leaf(x.B, "B" in trains) for name, x in adapter.layers.items()},
-            dense={name: leaf(t, factors is not None) for name, t in adapter.dense.items()},
-            scales={name: x.scale for name, x in adapter.layers.items()},
-        )
-
-    def _hook(
-        self, name: str, live: Attachment, frozen: LowRank | None, dropout: float, masks: torch.Generator | None
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """Adds the low-rank updates of one module to its output."""
-        held = frozen and LowRank(self._on_device(frozen.A), self._on_device(frozen.B), frozen.scale)
-        trained = name in live.A
-
-        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0].to(torch.float32)
-            update: Tensor | float = 0.0
-            if held is not None:
-                update = F.linear(F.linear(x, held.A), held.B) * held.scale
-            if trained:
-                kept = x if masks is None else x * _keep(x, dropout, masks)
-                update = update + F.linear(F.linear(kept, live.A[name]), live.B[name]) * live.scales[name]
-            return output + update.to(output.dtype) if isinstance(update, Tensor) else output
-
-        return add
+        return attached(self.modules, self._logits, self.device, adapter, frozen or Adapter(), factors, dropout, rng)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with: the batch without its labels, on the model's device."""
@@ -182,12 +98,6 @@ class Base:
         if not dense:
             return self.model(**call).logits
         return functional_call(self.model, dict(dense), (), call, tie_weights=False).logits
-
-
-def _keep(x: Tensor, dropout: float, masks: torch.Generator) -> Tensor:
-    # Drawn on the CPU from the client's own stream, so that devices and cohorts see the same mask.
-    mask = torch.rand(x.shape, generator=masks) >= dropout
-    return mask.to(x.device, x.dtype) / (1.0 - dropout)
 
 
 def _backbone(model: nn.Module) -> str:

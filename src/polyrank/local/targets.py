@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
+from polyrank.errors import InputError
+
 GROUPS = ("attention", "attention+mlp", "all-linear")
 _SYNONYMS = (
     ("query", "q_proj", "q_lin", "q"),
@@ -28,7 +30,7 @@ _SYNONYMS = (
 _ATTENTION = ("attention", "attn")
 
 
-class TargetError(ValueError):
+class TargetError(InputError):
     """Targets that match no module of the model."""
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from polyrank.core.lowrank import Adapter, LowRank, truncate
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
-from polyrank.local.hf import Attachment, Base, Batch
+from polyrank.errors import TrainingError
+from polyrank.local.attach import Attachment, Batch
+from polyrank.local.hf import Base
 
 Indices = npt.NDArray[np.int64]
 
@@ -31,10 +33,6 @@ class Examples(Protocol):
     def lengths(self) -> Indices: ...
 
     def batch(self, indices: Indices) -> dict[str, Tensor]: ...
-
-
-class TrainingError(RuntimeError):
-    """A client's loss or weights left the finite numbers."""
 
 
 def train(base: Base, task: Task, client: Client, data: Examples, indices: Indices) -> Update:

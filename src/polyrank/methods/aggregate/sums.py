@@ -192,10 +192,10 @@ def fold(folded: Adapter, residuals: Mapping[str, LowRank]) -> Adapter:
 
 
 def with_layers(state: ServerState, layers: Mapping[str, LowRank]) -> ServerState:
-    """The state with these layers replaced, in the server's order and the server's precision."""
+    """The state with these layers replaced, in the server's order, precision and (row-major) layout."""
     current = state.adapter.layers
     merged = {
-        name: LowRank(new.A.to(held.A.dtype), new.B.to(held.B.dtype), new.scale)
+        name: LowRank(new.A.to(held.A.dtype).contiguous(), new.B.to(held.B.dtype).contiguous(), new.scale)
         for name, held in current.items()
         for new in [layers.get(name, held)]
     }

@@ -1,0 +1,62 @@
+"""Who holds what: the data set, its split among the clients, and their profiles. No model is needed for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from polyrank.core.rng import stream
+from polyrank.core.types import Client, ClientProfile
+from polyrank.data import Dataset, Partition, hold_out, limit
+from polyrank.experiment.components import parameters
+from polyrank.experiment.config import Experiment, Group
+from polyrank.experiment.tables import DATASETS, PARTITIONERS
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The data set and who holds what of its training split."""
+
+    dataset: Dataset
+    partition: Partition
+    clients: tuple[Client, ...]
+
+    def of(self, client: Client) -> npt.NDArray[np.int64]:
+        """A client's indices into the training split."""
+        return self.partition[self.clients.index(client)]
+
+
+def share_data(experiment: Experiment) -> Shares:
+    """Loads the data set, holds out validation, and splits the training data among the clients.
+
+    Every step draws from its own stream of the seed alone, so every method of a comparison sees the same split.
+    """
+    config, seed = experiment.data, experiment.seed
+    options = {key: getattr(config, key) for key in parameters(DATASETS[config.name])}
+    dataset = DATASETS[config.name](**options)
+    dataset = hold_out(dataset, config.hold_out, stream(seed, "hold-out"))
+    dataset = limit(dataset, config.limit, stream(seed, "limit"))
+    chosen = config.partition
+    keywords = {key: getattr(chosen, key) for key in parameters(PARTITIONERS[chosen.name])}
+    partition = PARTITIONERS[chosen.name](dataset.train, config.clients, stream(seed, "partition"), **keywords)
+    width = len(str(len(partition) - 1))
+    names = partition.names or tuple(f"client_{i:0{width}d}" for i in range(len(partition)))
+    return Shares(dataset, partition, tuple(names))
+
+
+def fleet_profiles(fleet: list[Group], shares: Shares) -> dict[Client, ClientProfile]:
+    """A profile per client: clients are numbered group by group, the last group takes what rounding leaves."""
+    count = len(shares.clients)
+    sizes = [int(count * group.share + 1e-9) for group in fleet[:-1]]
+    groups = np.repeat(np.arange(len(fleet)), [*sizes, count - sum(sizes)])
+    examples = shares.partition.sizes
+    return {
+        client: ClientProfile(
+            examples=int(examples[index]),
+            **fleet[g].model_dump(exclude={"share", "name"}),
+            group=fleet[g].name or f"group {g}",
+        )
+        for index, (client, g) in enumerate(zip(shares.clients, groups.tolist(), strict=True))
+    }
