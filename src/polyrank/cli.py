@@ -238,15 +238,15 @@ def data(
         from polyrank.report.figures import split_heat_map
         from polyrank.report.terminal import heat_map
 
-        experiment = load(file or embedded("digits.yaml"), set_)
+        path = file or embedded("digits.yaml")
+        experiment = load(path, set_)
         shares = share_data(experiment)
         profiles = fleet_profiles(experiment.fleet, shares)
         dataset, clients = shares.dataset, list(shares.clients)
         counts = shares.partition.counts(dataset.train.labels, len(dataset.classes))
         if png is not None:
-            split_heat_map(
-                png, counts, clients, list(dataset.classes), f"{dataset.name}, {experiment.data.partition.name}"
-            )
+            title = f"{path.stem}: {experiment.data.partition.name}"
+            split_heat_map(png, counts, clients, list(dataset.classes), title)
         if json_:
             rows = [
                 {"client": c, "group": profiles[c].group, "examples": int(row.sum()), "classes": row.tolist()}
@@ -255,7 +255,7 @@ def data(
             sizes = {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")}
             print(json.dumps({"name": dataset.name, "sizes": sizes, "classes": list(dataset.classes), "clients": rows}))
             return
-        out.print(heat_map(counts, clients, [profiles[c].group for c in clients], dataset.classes))
+        out.print(heat_map(counts, clients, [profiles[c].group for c in clients], dataset.classes, out.width))
         out.print(
             f"{int(counts.sum())} of {len(dataset.train)} training examples held by {len(clients)} clients, "
             f"{len(dataset.validation)} validation, {len(dataset.test)} test",

@@ -125,21 +125,35 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def heat_map(counts: np.ndarray, clients: Sequence[str], groups: Sequence[str], classes: Sequence[str]) -> Table:
-    """Client x class counts: numbers where the classes fit, shades otherwise."""
+def heat_map(
+    counts: np.ndarray, clients: Sequence[str], groups: Sequence[str], classes: Sequence[str], width: int
+) -> Table:
+    """Client x class counts: numbers where the classes are few, otherwise a shade for one class or several.
+
+    Args:
+        counts: examples, clients x classes.
+        clients: row names.
+        groups: device group of each client.
+        classes: class names.
+        width: of the terminal, in characters.
+    """
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("client")
-    table.add_column("group")
-    table.add_column("examples", justify="right")
-    narrow = len(classes) <= 12
-    for name in [str(c)[:10] for c in classes] if narrow else [f"{len(classes)} classes"]:
-        table.add_column(name, justify="right" if narrow else "left", no_wrap=True)
-    top = max(int(counts.max()), 1)
-    for client, group, row in zip(clients, groups, counts, strict=True):
-        if narrow:
+    for name in ("client", "group", "examples"):
+        table.add_column(name, justify="right" if name == "examples" else "left", no_wrap=True)
+    room = max(width - max(map(len, clients)) - max(map(len, groups)) - 13, 10)
+    few = 5 * len(classes) <= room
+    per_shade = -(-len(classes) // room)
+    starts = np.arange(0, len(classes), per_shade)
+    shades = np.add.reduceat(counts, starts, axis=1)
+    several = f", {per_shade} a column" if per_shade > 1 else ""
+    for name in [str(c)[:4] for c in classes] if few else [f"{len(classes)} classes{several}"]:
+        table.add_column(name, justify="right" if few else "left", no_wrap=True)
+    top = max(int((counts if few else shades).max()), 1)
+    for client, group, row, shade in zip(clients, groups, counts, shades, strict=True):
+        if few:
             cells = [f"[on {_color(value / top)}]{value:>4}[/]" if value else "[dim]   ·[/]" for value in row]
         else:
-            cells = ["".join(_SHADES[min(-(-4 * int(value) // top), 4)] for value in row)]
+            cells = ["".join(_SHADES[-(-4 * int(value) // top)] for value in shade)]
         table.add_row(client, group, str(int(row.sum())), *cells)
     return table
 
