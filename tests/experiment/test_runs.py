@@ -408,30 +408,37 @@ def test_a_rank_beyond_the_layers_is_refused(config: Config) -> None:
 # --- evaluation
 
 
-def test_the_best_round_is_chosen_on_validation_alone(tmp_path: Path, config: Config) -> None:
+def unsteady(folder: Path, config: Config) -> tuple[Session, list[ServerState], list[dict[str, Any]]]:
+    """A finished run whose last round is not its best: with the learning rate this high, most seeds give one."""
     config["local"]["lr"] = 0.03
-    session = started(tmp_path / "run", config, rounds=6)
-    states = []
-    for _ in session.rounds():
-        states.append(session.state)
-    summary = session.finish()
-    found = records(tmp_path / "run")
+    for seed in range(8):
+        config["seed"] = seed
+        session = started(folder / f"seed-{seed}", config, rounds=6)
+        states = [session.state for _ in session.rounds()]
+        found = records(session.run.folder)
+        if np.argmax([record["metrics"]["validation/accuracy"] for record in found]) < 5:
+            return session, states, found
+    raise AssertionError("every seed's last round is its best: this shows nothing")
+
+
+def test_the_best_round_is_chosen_on_validation_alone(tmp_path: Path, config: Config) -> None:
+    session, states, found = unsteady(tmp_path, config)
+    summary, folder = session.finish(), session.run.folder
     assert {key for record in found for key in record["metrics"]} == {"validation/accuracy", "validation/loss"}
     accuracies = [record["metrics"]["validation/accuracy"] for record in found]
     chosen = int(np.argmax(accuracies))
-    assert chosen < 5, "the last round is the best: this shows nothing"
     assert summary["selected"]["round"] == chosen
-    best, _ = read_adapter(tmp_path / "run" / "best")
+    best, _ = read_adapter(folder / "best")
     due = exported(states[chosen])
     assert all(torch.equal(best.layers[name].B, x.B) for name, x in due.layers.items())
     assert session.measure([best], "validation")["accuracy"] == max(accuracies)
     assert session.measure([best], "test") == summary["selected"]["test"]
     config["data"]["limit"]["test"] = 10
     finished(started(tmp_path / "other", config, rounds=6))
-    assert (tmp_path / "other" / "rounds.jsonl").read_bytes() == (tmp_path / "run" / "rounds.jsonl").read_bytes()
+    assert (tmp_path / "other" / "rounds.jsonl").read_bytes() == (folder / "rounds.jsonl").read_bytes()
     for name in ("best", "adapter"):
         file = f"{name}/adapter_model.safetensors"
-        assert (tmp_path / "other" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+        assert (tmp_path / "other" / file).read_bytes() == (folder / file).read_bytes()
 
 
 def test_evaluation_is_as_often_and_on_as_much_as_asked(tmp_path: Path, config: Config) -> None:
