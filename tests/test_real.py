@@ -6,10 +6,12 @@ The adapter of each run is then loaded by PEFT onto a base that is loaded anew, 
 import importlib.util
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from polyrank.cli import app
@@ -39,6 +41,15 @@ def printed(*arguments: object) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.fixture
+def _all_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These tests run alone, so they may use every core that a run takes by default."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_all_cores")
 @pytest.mark.parametrize("name", STATED)
 def test_an_experiment_reaches_its_figure(name: str, tmp_path: Path) -> None:
     if absent := missing(STATED[name]):
