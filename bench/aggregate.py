@@ -167,7 +167,7 @@ def with_ratios(figures: Figures) -> Figures:
         "speedup": slow["seconds"] / fast["seconds"],
         "cpu_speedup": slow["cpu_seconds"] / fast["cpu_seconds"],
         "memory": fast["peak_bytes"] / slow["peak_bytes"],
-        "error": figures["errors"]["between"],
+        "error": figures["errors"]["factored"],
     }
 
 
@@ -203,13 +203,15 @@ def cpuinfo() -> list[str]:
 def report(layers: list[Figures], dense_run: str) -> bool:
     """Prints goals and figures side by side; whether the goals are met."""
     print(f"\nTen receivers; dense: {dense_run}.")
-    print(f"{'':12}{'faster, wall':>14}{'faster, CPU':>13}{'error':>10}{'memory':>9}{'factored':>18}{'dense':>20}")
+    print("Error: the largest over the receivers, relative, against the same in float64.")
+    print(f"{'':12}{'faster, wall':>14}{'faster, CPU':>13}{'error':>10}{'of dense':>10}{'memory':>9}", end="")
+    print(f"{'factored':>18}{'dense':>20}")
     for f in layers:
         fast, slow = (f"{f[r]['seconds']:.2f} s {f[r]['peak_bytes'] / 2**20:.0f} MiB" for r in ROUTES)
         print(f"{f['shape']:12}{f['speedup']:13.0f}x{f['cpu_speedup']:12.0f}x", end="")
-        print(f"{f['error']:10.1e}{f['memory']:9.3f}{fast:>18}{slow:>20}")
+        print(f"{f['error']:10.1e}{f['errors']['dense']:10.1e}{f['memory']:9.3f}{fast:>18}{slow:>20}")
     print(f"{'goal':12}{'>= ' + format(GOALS['speedup'], '.0f'):>13}x{'':13}", end="")
-    print(f"{'<= ' + format(GOALS['error'], '.0e'):>10}{'<= ' + str(GOALS['memory']):>9}")
+    print(f"{'<= ' + format(GOALS['error'], '.0e'):>10}{'':10}{'<= ' + str(GOALS['memory']):>9}")
     f = layers[-1]
     met = f["speedup"] >= GOALS["speedup"] and f["error"] <= GOALS["error"] and f["memory"] <= GOALS["memory"]
     print(f"The goals are for both layers together, and are {'met' if met else 'MISSED'}.")
