@@ -22,7 +22,7 @@ from polyrank.cli import app
 from polyrank.core.lowrank import Adapter, LowRank, delta
 from polyrank.experiment.catalogue import TABLES
 from polyrank.experiment.config import method_with
-from polyrank.experiment.merging import common_alpha, for_client, merge, merged
+from polyrank.experiment.merging import merge
 from polyrank.local.adapters import AdapterInfo, read_adapter, write_adapter
 from polyrank.methods import METHODS
 
@@ -430,14 +430,24 @@ def test_merge_equals_the_functions(method: str, adapters: list[Path], here: Pat
         "--out",
         "out",
     )
-    state, info = merge(folders, method_with(method, []), [3, 1, 2])
-    alpha = common_alpha(folders)
-    assert alpha == pytest.approx(8)
-    for folder, expected in (("out", merged(state, alpha, 4)), ("out/client_0", for_client(state, alpha, 3))):
-        write_adapter(tmp_path / "expected" / folder, expected, info)
+    merged = merge(folders, method_with(method, []), [3, 1, 2])
+    assert merged.alpha == pytest.approx(8)
+    for folder, expected in (("out", merged.whole(4)), ("out/client_0", merged.client(3))):
+        write_adapter(tmp_path / "expected" / folder, expected, merged.info)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (here / folder / name).read_bytes() == (tmp_path / "expected" / folder / name).read_bytes()
         assert all(torch.isfinite(matrix).all() for matrix in deltas(here / folder).values())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"fedsvd", "ffa_lora", "rolora"}))
+def test_a_client_of_more_rank_than_was_merged_can_train_it(method: str, adapters: list[Path]) -> None:
+    """A row of zeros in A and B has no gradient: rows that hold nothing start fresh."""
+    merged = merge(adapters, method_with(method, []))
+    whole = merged.whole()
+    for name, x in merged.client(12).layers.items():
+        assert x.rank == min(12, *x.shape)
+        assert x.A.any(dim=1).all()
+        torch.testing.assert_close(delta(x), delta(whole.layers[name]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["flexlora", "flora", "fedex_lora"])

@@ -193,7 +193,6 @@ def merge(
     """Merge adapters of unequal ranks into one, by the rule of a method. No base model is needed."""
     with _mistakes():
         from polyrank.experiment.config import method_with
-        from polyrank.experiment.merging import common_alpha, for_client, merged
         from polyrank.experiment.merging import merge as merge_adapters
         from polyrank.experiment.store import check_free
         from polyrank.local.adapters import write_adapter
@@ -201,14 +200,12 @@ def merge(
         check_free(folder)
         counts = _numbers("--weights", weights, len(adapters), least=0)
         ranks = [int(r) for r in _numbers("--client-ranks", client_ranks, None, least=1, whole=True) or []]
-        state, info = merge_adapters(adapters, method_with(method, set_ or []), counts)
-        alpha = common_alpha(adapters)
-        written = []
+        merged = merge_adapters(adapters, method_with(method, set_ or []), counts)
+        written = [(folder / f"client_{index}", merged.client(r)) for index, r in enumerate(ranks)]
         if not ranks or rank is not None:
-            written.append((folder, merged(state, alpha, rank)))
-        written += [(folder / f"client_{index}", for_client(state, alpha, r)) for index, r in enumerate(ranks)]
+            written.insert(0, (folder, merged.whole(rank)))
         for path, adapter in written:
-            write_adapter(path, adapter, info)
+            write_adapter(path, adapter, merged.info)
         report = [
             {"folder": str(path), "ranks": {name: x.rank for name, x in adapter.layers.items()}}
             for path, adapter in written

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from polyrank.core.lowrank import (
     Adapter,
     LowRank,
-    cast,
     combine,
     compress,
     delta,
@@ -458,7 +457,7 @@ def test_compress_never_forms_the_product(d_out: int, d_in: int, split: str) -> 
 def test_nbytes_counts_the_named_factors() -> None:
     x = random(6, 10, 2, 0, dtype=torch.float32)
     assert [nbytes(x, f) for f in ("A", "B", "AB")] == [80, 48, 128]
-    assert nbytes(cast(Adapter({"l": x}), torch.bfloat16).layers["l"]) == 64
+    assert nbytes(LowRank(x.A.bfloat16(), x.B.bfloat16(), x.scale)) == 64
     adapter = Adapter({"l": x, "m": x}, {"head": torch.zeros(3, 5)})
     assert [nbytes(adapter, f) for f in ("A", "B", "AB")] == [220, 156, 316]
     assert nbytes(Adapter()) == 0
@@ -472,14 +471,6 @@ def test_combine_stacks_layers_and_lets_later_heads_win() -> None:
     torch.testing.assert_close(delta(both.layers["b"]), dense(x) + dense(y))
     assert both.dense["h"].item() == 1.0
     assert combine([]) == Adapter()
-
-
-def test_cast_changes_every_dtype_and_nothing_else() -> None:
-    adapter = Adapter({"l": random(4, 5, 2, 0, 2.0)}, {"h": torch.ones(3)})
-    low = cast(adapter, torch.bfloat16)
-    assert {low.layers["l"].A.dtype, low.layers["l"].B.dtype, low.dense["h"].dtype} == {torch.bfloat16}
-    assert low.layers["l"].scale == 2.0
-    assert adapter.dense["h"].dtype == torch.float32
 
 
 WORDS = {

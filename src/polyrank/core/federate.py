@@ -109,8 +109,14 @@ def federate(
     cohort: int | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
-    """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each."""
+    """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
+
+    Raises:
+        ValueError: if there are no clients.
+    """
     profiles = clients.profiles()
+    if not profiles:
+        raise ValueError("there are no clients to federate")
     while state.round < rounds:
         now = local.at(state.round, rounds)
         chosen = sample(profiles, cohort, state.round, seed)

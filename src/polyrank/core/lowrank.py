@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -278,12 +278,6 @@ def combine(parts: Iterable[Adapter]) -> Adapter:
         dense.update(part.dense)
     merged = {name: xs[0] if len(xs) == 1 else stack(xs) for name, xs in layers.items()}
     return Adapter({name: merged[name] for name in sorted(merged)}, dense)
-
-
-def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter with every tensor in `dtype`."""
-    layers = {name: replace(x, A=x.A.to(dtype), B=x.B.to(dtype)) for name, x in adapter.layers.items()}
-    return Adapter(layers, {name: tensor.to(dtype) for name, tensor in adapter.dense.items()})
 
 
 def _shares(weights: Sequence[float]) -> list[float]:

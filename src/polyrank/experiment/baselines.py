@@ -51,7 +51,9 @@ def pooled(experiment: Experiment, world: World) -> Simulator:
 
 
 def _train(experiment: Experiment, world: World, clients: Simulator, local: LocalTraining) -> dict[str, float]:
-    rounds = federate(fedit(), world.start, clients, world.spec, local, rounds=experiment.rounds, seed=experiment.seed)
+    rounds = federate(
+        fedit(), world.start, clients, world.base.spec, local, rounds=experiment.rounds, seed=experiment.seed
+    )
     *_, (state, _) = rounds
     with world.base.attached(combine([state.folded, state.adapter])) as model:
         return evaluate(model, world.splits["test"])

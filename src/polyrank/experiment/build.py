@@ -40,7 +40,6 @@ class World:
     base: hf.Base
     simulator: Simulator
     method: Method
-    spec: ModelSpec
     splits: Mapping[str, Split]
     start: ServerState
 
@@ -89,12 +88,12 @@ def build(experiment: Experiment) -> World:
     simulator = Simulator(
         base,
         splits["train"],
-        {client: shares.of(client) for client in shares.clients},
+        shares.indices(),
         profiles,
         absent=experiment.absent,
         seed=experiment.seed,
     )
-    return World(base, simulator, method, base.spec, splits, first_state(experiment, base))
+    return World(base, simulator, method, splits, first_state(experiment, base))
 
 
 def server_rank(experiment: Experiment) -> int:

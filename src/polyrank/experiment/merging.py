@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from polyrank.core.federate import absorb
-from polyrank.core.lowrank import Adapter, LowRank, combine, compress, rescale, trim, truncate, zeros
+from polyrank.core.lowrank import Adapter, LowRank, combine, compress, pad, rescale, trim, truncate, zeros
 from polyrank.core.method import Method
+from polyrank.core.rng import stream
 from polyrank.core.types import ServerState, Update
 from polyrank.local.adapters import AdapterError, AdapterInfo, check_same_model, read_adapter
 
 
-def merge(
-    folders: Sequence[Path], method: Method, weights: Sequence[float] | None = None
-) -> tuple[ServerState, AdapterInfo]:
-    """The state after one round in which these adapters were the updates.
+@dataclass(frozen=True)
+class Merged:
+    """Merged adapters.
+
+    Attributes:
+        state: the server's state after the round in which the adapters were the updates.
+        info: what the first adapter's config says of the model.
+        alpha: the alpha that all layers of all adapters share (scale = alpha / r) and that is kept, or None.
+    """
+
+    state: ServerState
+    info: AdapterInfo
+    alpha: float | None
+
+    def whole(self, rank: int | None = None) -> Adapter:
+        """The whole merged adapter, lossless, or its best approximation of `rank`."""
+        held = self.state.adapter.layers
+        layers = dict(self._total().layers)
+        if rank is not None:
+            layers = {name: compress(x, rank) for name, x in layers.items()}
+        elif self.state.folded.layers:
+            # A fold stacks more rows than its rank: no weighted sum of the adapters exceeds the room the server has.
+            layers = {name: compress(x, held[name].rank) for name, x in layers.items()}
+        return self._written({name: trim(x) for name, x in layers.items()})
+
+    def client(self, rank: int) -> Adapter:
+        """What a client of `rank` would be handed next: the first rows, or the best approximation where a rule folds.
+
+        Rows that hold nothing start fresh, so that the client can train them.
+        """
+        cut = compress if self.state.folded.layers else truncate
+        rng = stream(0, "merge", rank)
+        layers = {name: trim(cut(x, rank)) for name, x in self._total().layers.items()}
+        return self._written({name: pad(x, min(rank, *x.shape), rng) for name, x in layers.items()})
+
+    def _total(self) -> Adapter:
+        return combine([self.state.folded, self.state.adapter])
+
+    def _written(self, layers: dict[str, LowRank]) -> Adapter:
+        if self.alpha is not None:
+            layers = {name: rescale(x, self.alpha / max(x.rank, 1)) for name, x in layers.items()}
+        return Adapter(layers, self._total().dense)
+
+
+def merge(folders: Sequence[Path], method: Method, weights: Sequence[float] | None = None) -> Merged:
+    """One round in which the adapters in these folders are the updates.
 
     The server starts from zero with room for the sum of the ranks, so nothing is cut off: product-space rules keep
     their aggregate exactly.
@@ -33,7 +77,7 @@ def merge(
     read = [read_adapter(folder) for folder in folders]
     adapters = [adapter for adapter, _ in read]
     check_same_model(list(folders), adapters, [info for _, info in read])
-    factors = method.factors(0)
+    alpha, factors = _common_alpha(adapters), method.factors(0)
     names = sorted({name for adapter in adapters for name in adapter.layers})
     layers = {name: _server(name, [a.layers[name] for a in adapters if name in a.layers], factors) for name in names}
     dense: dict[str, torch.Tensor] = {}
@@ -46,31 +90,11 @@ def merge(
         Update(f"{index:06d}", adapter, count, factors)
         for index, (adapter, count) in enumerate(zip(adapters, examples, strict=True))
     )
-    state = absorb(method, ServerState(0, Adapter(layers, dense)), updates, seed=0)
-    return state, read[0][1]
+    return Merged(absorb(method, ServerState(0, Adapter(layers, dense)), updates, seed=0), read[0][1], alpha)
 
 
-def merged(state: ServerState, alpha: float | None, rank: int | None = None) -> Adapter:
-    """The whole merged adapter, lossless, or its best approximation of `rank`."""
-    total = combine([state.folded, state.adapter])
-    layers = {name: x if rank is None else compress(x, rank) for name, x in total.layers.items()}
-    if (
-        rank is None and state.folded.layers
-    ):  # no weighted sum of the inputs has a rank above the server's room for them
-        layers = {name: compress(x, state.adapter.layers[name].rank) for name, x in layers.items()}
-    return Adapter({name: _with_alpha(trim(x), alpha) for name, x in layers.items()}, total.dense)
-
-
-def for_client(state: ServerState, alpha: float | None, rank: int) -> Adapter:
-    """What a client of `rank` would be handed next: the first rows, or the best approximation where the rule folds."""
-    total = combine([state.folded, state.adapter])
-    cut = compress if state.folded.layers else truncate
-    return Adapter({name: _with_alpha(cut(x, rank), alpha) for name, x in total.layers.items()}, total.dense)
-
-
-def common_alpha(folders: Sequence[Path]) -> float | None:
-    """The alpha that all layers of all adapters share (scale = alpha / r), or None."""
-    alphas = {x.scale * x.rank for folder in folders for x in read_adapter(folder)[0].layers.values()}
+def _common_alpha(adapters: Sequence[Adapter]) -> float | None:
+    alphas = [x.scale * x.rank for adapter in adapters for x in adapter.layers.values()]
     low, high = min(alphas, default=0.0), max(alphas, default=0.0)
     return high if high and (high - low) < 1e-9 * high else None
 
@@ -87,7 +111,3 @@ def _server(name: str, xs: list[LowRank], factors: str) -> LowRank:
             "choose a method that trains both factors, for example flexlora or rb_lora"
         )
     return LowRank(longest.A, torch.zeros_like(longest.B), 1.0)
-
-
-def _with_alpha(x: LowRank, alpha: float | None) -> LowRank:
-    return rescale(x, alpha / x.rank) if alpha and x.rank else x

@@ -23,9 +23,9 @@ class Shares:
     partition: Partition
     clients: tuple[Client, ...]
 
-    def of(self, client: Client) -> npt.NDArray[np.int64]:
-        """A client's indices into the training split."""
-        return self.partition[self.clients.index(client)]
+    def indices(self) -> dict[Client, npt.NDArray[np.int64]]:
+        """Each client's indices into the training split."""
+        return {client: self.partition[index] for index, client in enumerate(self.clients)}
 
 
 def share_data(experiment: Experiment) -> Shares:

@@ -7,7 +7,6 @@ client's own ranks; trained dense parameters (the head) are passed to each call 
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -121,11 +120,11 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return int(d_out), int(d_in)
 
 
-def locate(name: str, folder: Path | None = None) -> str:
+def locate(name: str) -> str:
     """A model's name as Transformers takes it.
 
-    ``package:PKG/DIR`` is a folder inside an installed Python package; a path that exists, seen from `folder`, is
-    made absolute; anything else is a hub name and stays.
+    ``package:PKG/DIR`` is a folder inside an installed Python package; the path of a folder stays, and so does a hub
+    name.
 
     Raises:
         ModelError: if the package is not installed, has no such folder, or a path does not exist.
@@ -139,11 +138,8 @@ def locate(name: str, folder: Path | None = None) -> str:
         if not path.is_dir():
             raise ModelError(f"model.name: package {package!r} has no folder {inner!r}")
         return str(path)
-    path = Path(os.path.normpath((folder or Path()) / Path(name).expanduser()))
-    if path.is_dir():
-        return str(path.resolve())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name: no folder {path}")
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise ModelError(f"model.name: no folder {name}")
     return name
 
 

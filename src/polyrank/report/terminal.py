@@ -93,8 +93,9 @@ class Progress:
 def headline(session: Session) -> str:
     """What is about to run, and where."""
     e, clients = session.experiment, session.world.simulator.profiles()
+    modules = len(session.world.base.spec.modules)
     return (
-        f"{e.method.name} on {e.data.name}: {len(clients)} clients, {len(session.world.spec.modules)} adapted modules, "
+        f"{e.method.name} on {e.data.name}: {len(clients)} clients, {modules} adapted modules, "
         f"rounds {session.state.round + 1}-{e.rounds}; run in {session.run.folder}"
     )
 
