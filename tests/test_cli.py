@@ -21,7 +21,7 @@ from polyrank import __version__
 from polyrank.cli import app
 from polyrank.core.lowrank import Adapter, LowRank, delta
 from polyrank.experiment.catalogue import TABLES
-from polyrank.experiment.config import method_with
+from polyrank.experiment.loading import method_with
 from polyrank.experiment.merging import merge
 from polyrank.local.adapters import AdapterInfo, read_adapter, write_adapter
 from polyrank.methods import METHODS

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from polyrank.cli import app
-from polyrank.experiment.config import read_yaml
+from polyrank.experiment.loading import read_yaml
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = {path.stem: path for path in sorted(EXPERIMENTS.glob("*.yaml"))}

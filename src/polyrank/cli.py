@@ -71,7 +71,7 @@ def run(
     """Run an experiment and write its adapter, records and summary to a folder."""
     with _mistakes():
         from polyrank.experiment.build import build, on_this_machine
-        from polyrank.experiment.config import load
+        from polyrank.experiment.loading import load
         from polyrank.experiment.session import Session
         from polyrank.experiment.store import Run, check_free, free_folder
 
@@ -192,7 +192,7 @@ def merge(
 ) -> None:
     """Merge adapters of unequal ranks into one, by the rule of a method. No base model is needed."""
     with _mistakes():
-        from polyrank.experiment.config import method_with
+        from polyrank.experiment.loading import method_with
         from polyrank.experiment.merging import merge as merge_adapters
         from polyrank.experiment.store import check_free
         from polyrank.local.adapters import write_adapter
@@ -230,7 +230,7 @@ def data(
 ) -> None:
     """Show how an experiment's training data is split among its clients."""
     with _mistakes():
-        from polyrank.experiment.config import load
+        from polyrank.experiment.loading import load
         from polyrank.experiment.shares import fleet_profiles, share_data
         from polyrank.report.figures import split_heat_map
         from polyrank.report.terminal import heat_map

@@ -13,7 +13,8 @@ import yaml
 
 from polyrank.core.method import Method
 from polyrank.experiment.build import build, server_rank
-from polyrank.experiment.config import SLOTS, ConfigError, Experiment, json_schema, load, method_with, parse, read_yaml
+from polyrank.experiment.config import SLOTS, ConfigError, Experiment, json_schema
+from polyrank.experiment.loading import load, method_with, parse, read_yaml
 from polyrank.methods import METHODS
 from polyrank.methods.aggregate.rb_lora import rb_lora
 

@@ -20,7 +20,8 @@ from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState
 from polyrank.experiment.build import build
-from polyrank.experiment.config import ConfigError, Experiment, parse
+from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.loading import parse
 from polyrank.experiment.session import Session, exported
 from polyrank.experiment.shares import share_data
 from polyrank.experiment.store import Run, RunError, free_folder, pack, unpack

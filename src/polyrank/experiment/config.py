@@ -1,14 +1,12 @@
-"""The configuration of an experiment: one YAML file, validated strictly before anything is read or trained."""
+"""The configuration of an experiment, as strict sections: what a file may say, and what it means."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, create_model, model_validator
 
 from polyrank.core.method import Method
 from polyrank.core.types import LocalTraining
@@ -17,7 +15,6 @@ from polyrank.experiment.components import (
     Strict,
     bind,
     describe,
-    did_you_mean,
     entry_model,
     parameters,
     table_type,
@@ -207,135 +204,7 @@ class Experiment(Strict):
         return plain
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as its current version has it: ``1e-3`` is a number, which PyYAML takes for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """The value that a YAML text holds.
-
-    Raises:
-        yaml.YAMLError: if it is not YAML.
-    """
-    return yaml.load(text, _Loader)
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Experiment:
-    """Reads and validates a file. ``--set`` overrides are ``key.sub=value`` with YAML values.
-
-    Raises:
-        ConfigError: naming the file, the key, the value and what would be valid.
-    """
-    try:
-        raw = read_yaml(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be a mapping with keys {', '.join(Experiment.model_fields)}")
-    for override in overrides or []:
-        _apply(raw, override)
-    return parse(raw, str(path), path.parent)
-
-
-def parse(raw: dict[str, Any], where: str, folder: Path) -> Experiment:
-    """Validates a mapping; relative paths in it are seen from `folder`."""
-    try:
-        experiment = Experiment.model_validate(raw)
-    except ValidationError as error:
-        lines = [f"{where}: {_explain(raw, dict(item))}" for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    return _absolute(experiment, folder)
-
-
-def method_with(name: str, overrides: list[str]) -> Method:
-    """A named method with options of its aggregation rule overridden, given as ``option=value``."""
-    section: dict[str, Any] = {"name": name, "aggregate": {}}
-    for override in overrides:
-        _apply(section["aggregate"], override)
-    raw = {"rounds": 1, "model": {"name": ""}, "data": "digits", "fleet": [{"rank": 1}], "method": section}
-    return parse(raw, "merge", Path()).build_method()
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the file, for editors."""
     schema = TypeAdapter(Experiment).json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyrank experiment", **schema}
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override}: must be key=value, for example --set rounds=5")
-    try:
-        value = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
-    *path, last = key.split(".")
-    node: Any = raw
-    for part in path:
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-            continue
-        if isinstance(node.get(part), str):
-            node[part] = {"name": node[part]}
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {part} is {node!r}, not a section")
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"--set {override}: {part!r} is not a position in a list of {len(items)} (from 0)")
-    return int(part)
-
-
-def _explain(raw: dict[str, Any], error: dict[str, Any]) -> str:
-    """One line for one validation error: the key as the file has it, the value, and what would be valid."""
-    key, node = [], raw
-    for part in error["loc"]:
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
-            node = node[part]
-            key.append(str(part))
-        elif not (isinstance(node, dict) and part == node.get("name")) and not str(part).startswith("function-"):
-            key += [str(part)] if error["type"] == "missing" else []
-    name = ".".join(key)
-    if error["type"] == "union_tag_invalid":
-        tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
-        return f"{name}.name: {error['ctx']['tag']!r} is unknown.{did_you_mean(error['ctx']['tag'], tags)}"
-    if error["type"] == "union_tag_not_found":
-        return f"{name}.name: missing"
-    if error["type"] == "missing":
-        return f"{name}: missing"
-    if error["type"] == "unknown_key":
-        return f"{name + ': ' if name else ''}{error['msg']}"
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{name}: {error['input']!r} {message}" if name else message
-
-
-def _absolute(experiment: Experiment, folder: Path) -> Experiment:
-    """Paths as seen from the file's folder, so that the resolved experiment runs from anywhere."""
-
-    def fix(section: Strict) -> Strict:
-        paths = {
-            key: Path(folder / value.expanduser()).resolve()
-            for key in type(section).model_fields
-            if isinstance(value := getattr(section, key), Path)
-        }
-        return section.model_copy(update=paths)
-
-    name = experiment.model.name
-    if (folder / Path(name).expanduser()).is_dir() or name.startswith((".", "~")):
-        name = str((folder / Path(name).expanduser()).resolve())
-    model = fix(experiment.model).model_copy(update={"name": name})
-    return experiment.model_copy(update={"model": model, "data": fix(experiment.data)})

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile
-from polyrank.data import Dataset, Partition, hold_out, limit
+from polyrank.data import DataError, Dataset, Partition, hold_out, limit
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment, Group
 from polyrank.experiment.tables import DATASETS, PARTITIONERS
@@ -40,7 +40,10 @@ def share_data(experiment: Experiment) -> Shares:
     dataset = limit(dataset, config.limit, stream(seed, "limit"))
     chosen = config.partition
     keywords = {key: getattr(chosen, key) for key in parameters(PARTITIONERS[chosen.name])}
-    partition = PARTITIONERS[chosen.name](dataset.train, config.clients, stream(seed, "partition"), **keywords)
+    try:
+        partition = PARTITIONERS[chosen.name](dataset.train, config.clients, stream(seed, "partition"), **keywords)
+    except DataError as error:
+        raise DataError(f"data.clients, data.partition: {error}") from None
     width = len(str(len(partition) - 1))
     names = partition.names or tuple(f"client_{i:0{width}d}" for i in range(len(partition)))
     return Shares(dataset, partition, tuple(names))

@@ -26,7 +26,8 @@ from safetensors.torch import save
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.types import RoundRecord, ServerState
 from polyrank.errors import InputError
-from polyrank.experiment.config import ConfigError, Experiment, parse
+from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.loading import parse
 from polyrank.files import sweep, write_bytes, write_text
 
 
