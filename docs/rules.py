@@ -69,7 +69,9 @@ def start(rank: int = FULL) -> ServerState:
 
 
 def tasks_of(method: Method, state: ServerState, ranks: Mapping[str, int]) -> dict[str, Task]:
-    return plan(method, state, profiles(ranks), sorted(ranks), SPEC, LocalTraining(), 0)
+    local = LocalTraining()
+    budgets = method.estimate(profiles(ranks), SPEC, local)
+    return plan(method, state, budgets, sorted(ranks), SPEC, local, 0)
 
 
 def profiles(ranks: Mapping[str, int]) -> dict[str, ClientProfile]:

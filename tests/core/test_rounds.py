@@ -15,7 +15,7 @@ from polyrank.core.federate import absorb, federate, plan, sample
 from polyrank.core.lowrank import Adapter, LowRank, delta, fresh, nbytes, truncate
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
 from polyrank.methods import METHODS
 from polyrank.methods.named import fedit
 
@@ -46,7 +46,8 @@ def start(dtype: torch.dtype = torch.float64) -> ServerState:
 def tasks_of(
     method: Method, state: ServerState, profiles: Mapping[str, ClientProfile] = PROFILES, seed: int = 0
 ) -> dict[str, Task]:
-    return plan(method, state, profiles, sorted(profiles), SPEC, LOCAL, seed)
+    budgets = method.estimate(profiles, SPEC, LOCAL)
+    return plan(method, state, budgets, sorted(profiles), SPEC, LOCAL, seed)
 
 
 def answers(method: Method, state: ServerState, profiles: Mapping[str, ClientProfile] = PROFILES) -> list[Update]:
@@ -192,17 +193,17 @@ def test_a_client_that_pruned_itself_is_planned_no_more() -> None:
 
 
 def test_layers_of_rank_zero_are_not_sent() -> None:
-    method = replace(fedit(), allocate=lambda budget, caps, scores, rng: {"l0": 0, "l1": 2})
+    method = replace(fedit(), allocate=lambda budget, caps, scores, spec, rng: {"l0": 0, "l1": 2})
     task = tasks_of(method, start())["a"]
     assert list(task.adapter.layers) == ["l1"]
-    nothing = replace(fedit(), allocate=lambda budget, caps, scores, rng: {})
+    nothing = replace(fedit(), allocate=lambda budget, caps, scores, spec, rng: {})
     assert list(tasks_of(nothing, start())["a"].adapter.dense) == ["head"]
 
 
 def test_every_client_and_round_has_streams_of_its_own() -> None:
     drawn: dict[str, list[int]] = {"allocate": [], "dispatch": []}
 
-    def allocate(budget: int, caps: Any, scores: Any, rng: np.random.Generator) -> dict[str, int]:
+    def allocate(budget: int, caps: Any, scores: Any, spec: ModelSpec, rng: np.random.Generator) -> dict[str, int]:
         drawn["allocate"].append(int(rng.integers(2**62)))
         return dict(caps)
 
@@ -474,3 +475,19 @@ def test_fakes_answer_by_their_tasks() -> None:
     noise = moved["a"].adapter.dense["head"] - tasks["a"].adapter.dense["head"]
     assert not torch.equal(noise, moved["b"].adapter.dense["head"] - tasks["b"].adapter.dense["head"])
     assert torch.equal(delta(truncate(tasks["c"].adapter.layers["l0"], 2)), delta(tasks["a"].adapter.layers["l0"]))
+
+
+def test_a_client_that_can_afford_nothing_gets_no_task() -> None:
+    broke = Budget(0, 0, "memory")
+
+    def estimate(profiles: Any, spec: ModelSpec, local: LocalTraining) -> dict[str, Budget]:
+        return {**fedit().estimate(profiles, spec, local), "b": broke}
+
+    method = replace(fedit(), estimate=estimate)
+    assert list(tasks_of(method, start())) == ["a", "c", "d"]
+    nobody = replace(fedit(), estimate=lambda profiles, spec, local: dict.fromkeys(profiles, broke))
+    state = start()
+    [(after, record)] = federate(nobody, state, FakeClients(PROFILES), SPEC, LOCAL, rounds=1)
+    assert record.ranks == {}
+    assert after.round == 1
+    assert after.adapter.layers == state.adapter.layers

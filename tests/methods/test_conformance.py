@@ -20,7 +20,7 @@ from polyrank.core.federate import absorb, plan
 from polyrank.core.lowrank import Adapter, LowRank, delta, overlay, pad, rescale, tail, truncate, zeros
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
 from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
 from polyrank.methods.named import fedit
 
@@ -101,7 +101,9 @@ def answers(
 ) -> list[Update]:
     """Updates of clients of these ranks: noise on what they were sent, unless `answer` says otherwise."""
     profiles = {c: ClientProfile(EXAMPLES[c], rank=rank) for c, rank in ranks.items()}
-    tasks = plan(method or fedit(), state, profiles, list(profiles), SPEC, LocalTraining(), 0)
+    method = method or fedit()
+    budgets = method.estimate(profiles, SPEC, LocalTraining())
+    tasks = plan(method, state, budgets, list(profiles), SPEC, LocalTraining(), 0)
     clients = FakeClients(profiles) if answer is None else FakeClients(profiles, answer)
     return list(clients.fit(tasks))
 
@@ -345,11 +347,11 @@ allocators = pytest.mark.parametrize("allocate", variants(ALLOCATORS))
 @settings(deadline=None)
 def test_allocations_fit_budget_and_caps(allocate: Callable[..., dict[str, int]], case: Any) -> None:
     budget, caps, scores = case
-    ranks = allocate(budget, caps, scores, stream(0, "allocate"))
+    ranks = allocate(budget, caps, scores, SPEC, stream(0, "allocate"))
     assert set(ranks) <= set(caps)
     assert sum(ranks.values()) <= budget
     assert all(isinstance(rank, int) and 0 <= rank <= caps[layer] for layer, rank in ranks.items())
-    assert ranks == allocate(budget, caps, scores, stream(0, "allocate"))
+    assert ranks == allocate(budget, caps, scores, SPEC, stream(0, "allocate"))
 
 
 @allocators
@@ -357,8 +359,8 @@ def test_allocations_fit_budget_and_caps(allocate: Callable[..., dict[str, int]]
 @settings(deadline=None)
 def test_a_larger_budget_never_lowers_a_rank(allocate: Callable[..., dict[str, int]], case: Any, more: int) -> None:
     budget, caps, scores = case
-    low = allocate(budget, caps, scores, stream(0, "allocate"))
-    high = allocate(budget + more, caps, scores, stream(0, "allocate"))
+    low = allocate(budget, caps, scores, SPEC, stream(0, "allocate"))
+    high = allocate(budget + more, caps, scores, SPEC, stream(0, "allocate"))
     assert all(high.get(layer, 0) >= rank for layer, rank in low.items())
 
 
@@ -367,7 +369,7 @@ def test_a_larger_budget_never_lowers_a_rank(allocate: Callable[..., dict[str, i
 @settings(deadline=None)
 def test_a_higher_score_never_gets_a_lower_rank(allocate: Callable[..., dict[str, int]], case: Any) -> None:
     budget, caps, scores = case
-    ranks = allocate(budget, caps, scores, stream(0, "allocate"))
+    ranks = allocate(budget, caps, scores, SPEC, stream(0, "allocate"))
     for a, b in itertools.permutations(caps, 2):
         if scores[a] > scores[b]:
             assert ranks.get(a, 0) >= min(ranks.get(b, 0), caps[a])
@@ -375,7 +377,7 @@ def test_a_higher_score_never_gets_a_lower_rank(allocate: Callable[..., dict[str
 
 @allocators
 def test_nothing_to_adapt_gets_nothing(allocate: Callable[..., dict[str, int]]) -> None:
-    assert allocate(10, {}, {}, stream(0, "allocate")) == {}
+    assert allocate(10, {}, {}, SPEC, stream(0, "allocate")) == {}
 
 
 # --- what does the client receive?
@@ -459,13 +461,14 @@ def test_scores_are_non_negative_for_every_layer(score: Callable[..., dict[str, 
 
 
 @pytest.mark.parametrize("estimate", variants(ESTIMATORS))
-def test_budgets_are_whole_and_each_clients_own(estimate: Callable[..., dict[str, int]]) -> None:
+def test_budgets_are_whole_and_never_lowered_by_a_stronger_client(estimate: Callable[..., dict[str, Budget]]) -> None:
     def profile(rank: int) -> ClientProfile:
         return ClientProfile(100, rank, memory=rank * 2.0**30, uplink=rank * 1e6, downlink=rank * 1e7, flops=1e12)
 
     profiles = {"a": profile(2), "b": profile(8), "c": profile(2)}
-    budgets = estimate(profiles, SPEC)
+    budgets = estimate(profiles, SPEC, LocalTraining())
     assert budgets.keys() == profiles.keys()
-    assert all(isinstance(budget, int) and budget >= 0 for budget in budgets.values())
-    assert budgets["a"] == budgets["c"] <= budgets["b"]
-    assert estimate({"b": profiles["b"]}, SPEC) == {"b": budgets["b"]}
+    assert all(isinstance(budget.total, int) and budget.total >= 0 for budget in budgets.values())
+    assert budgets["a"] == budgets["c"]
+    assert budgets["a"].total <= budgets["b"].total
+    assert estimate({"a": profiles["a"]}, SPEC, LocalTraining()) == {"a": budgets["a"]}

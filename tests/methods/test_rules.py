@@ -13,7 +13,7 @@ from polyrank.core.federate import absorb, plan
 from polyrank.core.lowrank import Adapter, LowRank, delta, norm
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
 from polyrank.methods import AGGREGATORS, METHODS
 from polyrank.methods.aggregate.rb_lora import rarity
 from polyrank.methods.estimate import fixed
@@ -21,6 +21,7 @@ from polyrank.methods.factors import alternating
 
 D_OUT, D_IN, RANK = 12, 10, 6
 SPEC = ModelSpec({"l": (D_OUT, D_IN)})
+LOCAL = LocalTraining()
 PROFILES = {name: ClientProfile(n, rank=r) for name, n, r in [("a", 10, 2), ("b", 20, 4), ("c", 30, 6)]}
 
 
@@ -183,7 +184,7 @@ def mean_model(tasks: dict[str, Task], updates: list[Update], weights: dict[str,
 def test_fedex_is_the_exact_mean_of_the_clients_models_at_unequal_ranks() -> None:
     method, state = METHODS["fedex_lora"](), start()
     for _ in range(3):
-        tasks = plan(method, state, PROFILES, list(PROFILES), SPEC, LocalTraining(), 0)
+        tasks = plan(method, state, fixed(PROFILES, SPEC, LOCAL), list(PROFILES), SPEC, LOCAL, 0)
         updates = list(FakeClients(PROFILES).fit(tasks))
         expected = mean_model(tasks, updates, dict.fromkeys(PROFILES, 1.0))
         state = absorb(method, state, updates, 0)
@@ -233,10 +234,11 @@ def test_alternating_takes_turns_after_its_warmup() -> None:
 
 
 def test_fixed_takes_each_clients_rank_or_one_for_all() -> None:
-    assert fixed(PROFILES, SPEC) == {"a": 2, "b": 4, "c": 6}
-    assert fixed(PROFILES, ModelSpec({"l": (1, 1), "m": (1, 1)}), rank=3) == dict.fromkeys("abc", 6)
+    assert fixed(PROFILES, SPEC, LOCAL) == {c: Budget(r, r, "stated") for c, r in {"a": 2, "b": 4, "c": 6}.items()}
+    two = ModelSpec({"l": (1, 1), "m": (1, 1)})
+    assert fixed(PROFILES, two, LOCAL, rank=3) == dict.fromkeys("abc", Budget(6, 3, "stated"))
     with pytest.raises(ValueError, match="client 'x' states no rank"):
-        fixed({"x": ClientProfile(1)}, SPEC)
+        fixed({"x": ClientProfile(1)}, SPEC, LOCAL)
 
 
 def test_hetlora_options_reach_the_task() -> None:
@@ -248,7 +250,7 @@ def test_hetlora_options_reach_the_task() -> None:
 
 def test_an_ablation_replaces_one_answer() -> None:
     def final(method: Method) -> Tensor:
-        tasks = plan(method, start(), PROFILES, list(PROFILES), SPEC, LocalTraining(), 0)
+        tasks = plan(method, start(), fixed(PROFILES, SPEC, LOCAL), list(PROFILES), SPEC, LOCAL, 0)
         return delta(absorb(method, start(), FakeClients(PROFILES, echo).fit(tasks), 0).adapter.layers["l"])
 
     plain = METHODS["hetlora_weighted"]()

@@ -15,12 +15,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from polyrank.core.lowrank import Adapter, combine, precision
+from polyrank.core.lowrank import Adapter, Factors, combine, precision
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import (
+    Budget,
     Client,
-    ClientProfile,
     Clients,
     LocalTraining,
     ModelSpec,
@@ -43,37 +43,38 @@ def sample(clients: Iterable[Client], size: int | None, round_: int, seed: int) 
 def plan(
     method: Method,
     state: ServerState,
-    profiles: Mapping[Client, ClientProfile],
+    budgets: Mapping[Client, Budget],
     cohort: Sequence[Client],
     spec: ModelSpec,
     local: LocalTraining,
     seed: int,
 ) -> dict[Client, Task]:
-    """The tasks of a round: each client's budget, where it goes, and what is sent.
+    """The tasks of a round: where each client's budget goes, and what is sent.
 
     A layer's rank is at most the server's rank of that layer, and at most what the client has pruned itself to
-    (``state.memory["ranks"]``). A client whose ranks are all 0 still trains the head, if there is one.
+    (``state.memory["ranks"]``). A client that can afford nothing gets no task; one whose budget is allocated nowhere
+    still trains the head, if there is one.
 
     Args:
         method: the six answers.
         state: the server's state.
-        profiles: what the clients of the cohort report.
+        budgets: what the clients of the cohort can afford (``method.estimate``).
         cohort: the clients of this round.
         spec: the adapted modules and their shapes.
         local: how clients train in this round (see `LocalTraining.at`).
         seed: the run's seed.
     """
-    budgets = method.estimate({client: profiles[client] for client in cohort}, spec)
     scores = method.score(spec, state)
     factors = method.factors(state.round)
     dense, frozen_dense = dict(state.adapter.dense), dict(state.folded.dense)
     if method.dense == "freeze":
         dense, frozen_dense = {}, dense | frozen_dense
     tasks = {}
-    for client in sorted(cohort):
+    for client in sorted(client for client in cohort if budgets[client].total > 0):
         pruned = state.memory.get("ranks", {}).get(client, {})
         caps = {name: min(x.rank, pruned.get(name, x.rank)) for name, x in state.adapter.layers.items()}
-        ranks = method.allocate(budgets[client], caps, scores, stream(seed, "allocate", state.round, client))
+        rng = stream(seed, "allocate", state.round, client)
+        ranks = method.allocate(budgets[client].total, caps, scores, spec, rng)
         ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         trained, carried = method.dispatch(state, ranks, stream(seed, "dispatch", state.round, client))
         frozen = combine([Adapter(state.folded.layers, frozen_dense), Adapter(carried)])
@@ -117,11 +118,12 @@ def federate(
     profiles = clients.profiles()
     if not profiles:
         raise ValueError("there are no clients to federate")
+    budgets = method.estimate(profiles, spec, local)
     while state.round < rounds:
         now = local.at(state.round, rounds)
         chosen = sample(profiles, cohort, state.round, seed)
-        tasks = plan(method, state, profiles, chosen, spec, now, seed)
-        ledger = _Ledger(tasks, now.lr)
+        tasks = plan(method, state, budgets, chosen, spec, now, seed)
+        ledger = _Ledger(state.round, method.factors(state.round), now.lr, tasks)
         state = absorb(method, state, ledger.watch(clients.fit(tasks)), seed)
         yield state, ledger.record()
 
@@ -183,8 +185,8 @@ class _DenseMean:
 class _Ledger:
     """Keeps the books of a round while its updates stream past."""
 
-    def __init__(self, tasks: Mapping[Client, Task], lr: float) -> None:
-        self.tasks, self.lr = tasks, lr
+    def __init__(self, round_: int, factors: Factors, lr: float, tasks: Mapping[Client, Task]) -> None:
+        self.round, self.factors, self.lr, self.tasks = round_, factors, lr, tasks
         self.up: dict[Client, int] = {}
         self.losses: dict[Client, float] = {}
         self.examples: dict[Client, float] = {}
@@ -201,10 +203,9 @@ class _Ledger:
             yield update
 
     def record(self) -> RoundRecord:
-        first = next(iter(self.tasks.values()))
         return RoundRecord(
-            round=first.round,
-            factors=first.factors,
+            round=self.round,
+            factors=self.factors,
             lr=self.lr,
             ranks={c: {name: x.rank for name, x in task.adapter.layers.items()} for c, task in self.tasks.items()},
             bytes_down={c: task.nbytes for c, task in self.tasks.items()},

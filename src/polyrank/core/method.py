@@ -1,11 +1,11 @@
 """A method is six answers. A published method is a composition of them; an ablation replaces one.
 
-    estimate    profiles, model spec           -> {client: rank budget}
-    score       model spec, state              -> {layer: importance}
-    allocate    budget, caps, scores, rng      -> {layer: rank}
-    dispatch    state, ranks, rng              -> (trained layers, frozen layers)
-    factors     round                          -> "A", "B" or "AB"
-    aggregate   state, updates, rng            -> state
+    estimate    profiles, model spec, local        -> {client: rank budget}
+    score       model spec, state                  -> {layer: importance}
+    allocate    budget, caps, scores, spec, rng    -> {layer: rank}
+    dispatch    state, ranks, rng                  -> (trained layers, frozen layers)
+    factors     round                              -> "A", "B" or "AB"
+    aggregate   state, updates, rng                -> state
 
 Each answer is a plain function whose keyword-only parameters are its options. `penalty` and `dense` are data: the
 terms a client adds to its loss, and what becomes of the head.
@@ -21,7 +21,16 @@ import numpy as np
 from annotated_types import Ge
 
 from polyrank.core.lowrank import Factors, LowRank
-from polyrank.core.types import Client, ClientProfile, ModelSpec, ServerState, TailPenalty, Update
+from polyrank.core.types import (
+    Budget,
+    Client,
+    ClientProfile,
+    LocalTraining,
+    ModelSpec,
+    ServerState,
+    TailPenalty,
+    Update,
+)
 
 Ranks = Mapping[str, int]
 Dense = Literal["size", "uniform", "freeze"]
@@ -31,9 +40,11 @@ Positive = Annotated[int, Ge(1)]
 
 
 class Estimate(Protocol):
-    """What can each client afford? Its rank budget: the sum of ranks over the adapted modules."""
+    """What can each client afford? Its rank budget, with the limit that binds."""
 
-    def __call__(self, profiles: Mapping[Client, ClientProfile], spec: ModelSpec) -> dict[Client, int]: ...
+    def __call__(
+        self, profiles: Mapping[Client, ClientProfile], spec: ModelSpec, local: LocalTraining
+    ) -> dict[Client, Budget]: ...
 
 
 class Score(Protocol):
@@ -46,7 +57,7 @@ class Allocate(Protocol):
     """Where does a budget go? A rank per layer, at most the layer's cap; layers of rank 0 may be left out."""
 
     def __call__(
-        self, budget: int, caps: Ranks, scores: Mapping[str, float], rng: np.random.Generator
+        self, budget: int, caps: Ranks, scores: Mapping[str, float], spec: ModelSpec, rng: np.random.Generator
     ) -> dict[str, int]: ...
 
 

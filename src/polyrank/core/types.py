@@ -40,9 +40,55 @@ class ClientProfile:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The adapted modules of a model by name, each with its (d_out, d_in) shape, in the order of the forward pass."""
+    """What planning knows of a model.
+
+    Attributes:
+        modules: the adapted modules by name, each with its (d_out, d_in) shape, in the order of the forward pass.
+        blocks: the transformer block of each module, from 0; modules outside all blocks are left out.
+    """
 
     modules: Mapping[str, tuple[int, int]]
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far one resource carries a client.
+
+    Attributes:
+        name: ``memory``, ``upload``, ``download``, or ``stated`` for a rank that was given.
+        rank: the largest rank per module that it allows; 0 where not even rank 1 fits.
+        unit: of the figures below: ``B`` or ``bit/s``; nothing for a stated rank.
+        have: what the client has.
+        need: what `rank` needs of it.
+        more: what ``rank + 1`` would need; None where no module has room for it.
+    """
+
+    name: str
+    rank: int
+    unit: str = ""
+    have: float | None = None
+    need: float | None = None
+    more: float | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a client can afford, and why.
+
+    Attributes:
+        total: the rank budget: the sum of ranks over the adapted modules, so rank r on all of m modules is r * m.
+        rank: the rank per module behind it.
+        limit: the name of the limit that binds.
+        limits: all limits that were looked at.
+        advice: where nothing fits: what would make rank 1 fit, each a sentence.
+    """
+
+    total: int
+    rank: int
+    limit: str
+    limits: tuple[Limit, ...] = ()
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

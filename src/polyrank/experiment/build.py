@@ -158,11 +158,12 @@ def _check_ranks(experiment: Experiment, method: Method) -> None:
             raise ConfigError(f"fleet.{index}.rank: {group.rank} exceeds model.rank, {rank}")
     probes = {f"fleet.{index}": ClientProfile(1, rank=group.rank) for index, group in enumerate(experiment.fleet)}
     try:
-        budgets = method.estimate(probes, ModelSpec({"module": (1, 1)}))
+        budgets = method.estimate(probes, ModelSpec({"module": (1, 1)}), experiment.local_training())
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if max(budgets.values()) > rank:
-        raise ConfigError(f"method.estimate: gives a rank of {max(budgets.values())}, above model.rank, {rank}")
+    largest = max(budget.rank for budget in budgets.values())
+    if largest > rank:
+        raise ConfigError(f"method.estimate: gives a rank of {largest}, above model.rank, {rank}")
 
 
 def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment) -> None:  # type: ignore[type-arg]

@@ -55,8 +55,10 @@ class Base:
         self.head = tuple(n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
         linear = [n for n, m in self.modules.items() if isinstance(m, nn.Linear | Conv1D)]
         linear = [n for n in linear if n.startswith(backbone) and f"{n}.weight" not in self.head]
-        chosen = resolve_targets(targets, linear, _blocks(model))
-        self.spec = ModelSpec({n: _shape(self.modules[n]) for n in chosen})
+        blocks = _blocks(model)
+        chosen = resolve_targets(targets, linear, blocks)
+        inside = {n: index for index, block in enumerate(blocks) for n in chosen if n.startswith(f"{block}.")}
+        self.spec = ModelSpec({n: _shape(self.modules[n]) for n in chosen}, inside)
         conv = any(isinstance(self.modules[n], Conv1D) for n in chosen)
         task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)

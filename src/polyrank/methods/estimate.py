@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from polyrank.core.method import Estimate, Positive
-from polyrank.core.types import Client, ClientProfile, ModelSpec
+from polyrank.core.types import Budget, Client, ClientProfile, LocalTraining, ModelSpec
 
 
 def fixed(
-    profiles: Mapping[Client, ClientProfile], spec: ModelSpec, *, rank: Positive | None = None
-) -> dict[Client, int]:
+    profiles: Mapping[Client, ClientProfile],
+    spec: ModelSpec,
+    local: LocalTraining,
+    *,
+    rank: Positive | None = None,
+) -> dict[Client, Budget]:
     """The rank each client states, or one rank for all, on every module.
 
     Args:
         profiles: what the clients report.
         spec: the adapted modules.
+        local: how clients train.
         rank: rank per module for every client; None takes each profile's own `rank`.
 
     Raises:
@@ -29,7 +34,7 @@ def fixed(
         own = profile.rank if rank is None else rank
         if own is None:
             raise ValueError(f"client {client!r} states no rank; give fleet[].rank or method.estimate.rank")
-        budgets[client] = own * len(spec.modules)
+        budgets[client] = Budget(own * len(spec.modules), own, "stated")
     return budgets
 
 
