@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from polyrank.core.architecture import ModelSpec as ModelSpec
 from polyrank.core.lowrank import Adapter, Factors, nbytes
 
 Client = str
@@ -36,19 +37,6 @@ class ClientProfile:
     downlink: float | None = None
     flops: float | None = None
     group: str = ""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What planning knows of a model.
-
-    Attributes:
-        modules: the adapted modules by name, each with its (d_out, d_in) shape, in the order of the forward pass.
-        blocks: the transformer block of each module, from 0; modules outside all blocks are left out.
-    """
-
-    modules: Mapping[str, tuple[int, int]]
-    blocks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +113,7 @@ class LocalTraining:
         dropout: LoRA dropout, on the input of A. The frozen base always runs without dropout.
         precision: ``auto`` is bf16 where the accelerator has it and fp32 on CPU; ``bf16`` autocasts activations.
             Adapters and optimizer states stay in float32.
+        checkpointing: transformer blocks keep their inputs only and are computed again in the backward pass.
     """
 
     epochs: int = 1
@@ -141,6 +130,7 @@ class LocalTraining:
     clip: float | None = 1.0
     dropout: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "batch", "accumulate"):

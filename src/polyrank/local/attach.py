@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from polyrank.core.lowrank import Adapter, Factors, LowRank
-from polyrank.core.rng import torch_generator
 
 Batch = Mapping[str, Tensor]
 Forward = Callable[[Batch, Mapping[str, Tensor]], Tensor]
@@ -63,6 +65,7 @@ def attached(
     factors: Factors | None,
     dropout: float = 0.0,
     rng: np.random.Generator | None = None,
+    blocks: Sequence[nn.Module] = (),
 ) -> Iterator[Attachment]:
     """Attaches `adapter` in training and `frozen` beside it, until the context ends.
 
@@ -75,6 +78,7 @@ def attached(
         factors: the factors that need gradients, with the dense parameters; None: nothing does.
         dropout: probability that an input element of A is dropped.
         rng: draws the dropout masks.
+        blocks: transformer blocks that keep their inputs only and run again in the backward pass.
     """
     trains = factors or ""
     live = Attachment(
@@ -85,15 +89,21 @@ def attached(
         scales={name: x.scale for name, x in adapter.layers.items()},
         forward=forward,
     )
-    masks = torch_generator(rng) if dropout and rng is not None else None
+    masks = _Masks(dropout, int(rng.integers(2**63 - 1))) if dropout and rng is not None else None
+    if masks is not None:
+        live = replace(live, forward=masks.counted(forward))
     handles = []
     for name in {**live.A, **frozen.layers}:
         held = frozen.layers.get(name)
         held = held and LowRank(_leaf(held.A, device), _leaf(held.B, device), held.scale)
-        handles.append(modules[name].register_forward_hook(_hook(name, live, held, dropout, masks)))
+        handles.append(modules[name].register_forward_hook(_hook(name, live, held, masks)))
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield live
     finally:
+        for block in blocks:
+            del block.forward
         for handle in handles:
             handle.remove()
 
@@ -105,7 +115,7 @@ def _leaf(tensor: Tensor, device: torch.device, trained: bool = False) -> Tensor
 
 
 def _hook(
-    name: str, live: Attachment, held: LowRank | None, dropout: float, masks: torch.Generator | None
+    name: str, live: Attachment, held: LowRank | None, masks: _Masks | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Adds the low-rank updates of one module, trained and held, to its output."""
 
@@ -115,14 +125,37 @@ def _hook(
         if held is not None:
             update = F.linear(F.linear(x, held.A), held.B) * held.scale
         if name in live.A:
-            kept = x if masks is None else x * _keep(x, dropout, masks)
-            update = update + F.linear(F.linear(kept, live.A[name]), live.B[name]) * live.scales[name]
+            scale = live.scales[name]
+            if masks is not None:
+                x, scale = masks.drop(name, x), scale / (1.0 - masks.probability)
+            update = update + F.linear(F.linear(x, live.A[name]), live.B[name]) * scale
         return output + update.to(output.dtype)
 
     return add
 
 
-def _keep(x: Tensor, dropout: float, masks: torch.Generator) -> Tensor:
-    # Drawn on the CPU from the client's own stream, so that devices and cohorts see the same mask.
-    mask = torch.rand(x.shape, generator=masks) >= dropout
-    return mask.to(x.device, x.dtype) / (1.0 - dropout)
+class _Masks:
+    """Dropout masks that depend on the client's stream, the forward pass and the module, and on nothing else.
+
+    A block that runs again in the backward pass meets the masks it met before. They are drawn on the CPU, so that all
+    devices see the same ones, and kept as one byte per element.
+    """
+
+    def __init__(self, probability: float, seed: int) -> None:
+        self.probability, self.seed, self.calls = probability, seed, 0
+
+    def counted(self, forward: Forward) -> Forward:
+        """`forward`, with every call meeting new masks."""
+
+        def call(batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
+            self.calls += 1
+            return forward(batch, dense)
+
+        return call
+
+    def drop(self, name: str, x: Tensor) -> Tensor:
+        """`x` with dropped elements zero; what is kept is not scaled."""
+        digest = hashlib.blake2b(f"{self.seed}/{self.calls}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        dropped = torch.rand(x.shape, generator=generator) < self.probability
+        return x.masked_fill(dropped.to(x.device), 0.0)

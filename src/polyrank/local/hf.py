@@ -10,7 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from polyrank.core.types import ModelSpec
 from polyrank.errors import InputError
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, attached
+from polyrank.local.describe import architecture
 from polyrank.local.targets import resolve_targets
 
 
@@ -49,21 +50,32 @@ class Base:
         self, model: nn.Module, targets: str | Sequence[str], *, name: str, device: str = "cpu", new: Sequence[str] = ()
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(device)
+        if getattr(model.config, "use_cache", False):
+            model.config.use_cache = False  # nothing here generates; a cache would only copy keys and values
         self.device = torch.device(device)
         self.modules = dict(model.named_modules())
         backbone = _backbone(model)
         self.head = tuple(n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
         linear = [n for n, m in self.modules.items() if isinstance(m, nn.Linear | Conv1D)]
         linear = [n for n in linear if n.startswith(backbone) and f"{n}.weight" not in self.head]
-        blocks = _blocks(model)
+        self.blocks = blocks = _blocks(model)
         chosen = resolve_targets(targets, linear, blocks)
         inside = {n: index for index, block in enumerate(blocks) for n in chosen if n.startswith(f"{block}.")}
-        self.spec = ModelSpec({n: _shape(self.modules[n]) for n in chosen}, inside)
+        self.linears = {n: _shape(self.modules[n]) for n in linear}
+        self.spec = ModelSpec({n: self.linears[n] for n in chosen}, inside)
         conv = any(isinstance(self.modules[n], Conv1D) for n in chosen)
         task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
         self._extra: dict[str, Any] = {}
+
+    def spec_for(self, tokens: int) -> ModelSpec:
+        """The spec with all that costs depend on, for examples of `tokens` positions."""
+        named = dict(self.model.named_parameters())
+        head = {name: named[name].numel() for name in self.head}
+        classes = int(self.model.config.num_labels)
+        made_of = architecture(self.model, self.linears, self.blocks, tokens=tokens, classes=classes)
+        return replace(self.spec, head=head, architecture=made_of)
 
     def initial_head(self) -> dict[str, Tensor]:
         """The head as it was loaded or initialised."""
@@ -77,6 +89,7 @@ class Base:
         factors: Factors | None = None,
         dropout: float = 0.0,
         rng: np.random.Generator | None = None,
+        checkpointing: bool = False,
     ) -> AbstractContextManager[Attachment]:
         """The base with `adapter` in training and `frozen` beside it, until the context ends.
 
@@ -86,8 +99,13 @@ class Base:
             factors: the factors that need gradients, with the dense parameters; None: nothing does.
             dropout: probability that an input element of A is dropped.
             rng: draws the dropout masks.
+            checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
         """
-        return attached(self.modules, self._logits, self.device, adapter, frozen or Adapter(), factors, dropout, rng)
+        lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapter.layers), default=0)
+        again = [self.modules[name] for name in self.blocks[lowest:]] if checkpointing and factors else []
+        return attached(
+            self.modules, self._logits, self.device, adapter, frozen or Adapter(), factors, dropout, rng, again
+        )
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with: the batch without its labels, on the model's device."""

@@ -41,7 +41,8 @@ def train(base: Base, task: Task, client: Client, data: Examples, indices: Indic
     A client with no examples, or nothing to train, returns what it was sent.
     """
     local, rng = task.local, stream(task.seed, "fit", task.round, client)
-    with base.attached(task.adapter, task.frozen, task.factors, local.dropout, rng) as model:
+    dropout, again = local.dropout, local.checkpointing
+    with base.attached(task.adapter, task.frozen, task.factors, dropout, rng, again) as model:
         parameters = model.parameters()
         steps = list(_steps(indices, local, rng)) if parameters else []
         optimizer = _optimizer(parameters, local) if steps else None

@@ -1,0 +1,133 @@
+"""The forward passes of model families, as the tape runs them. Each reads like its block in Transformers.
+
+To add a family: write its pass, add a line to `FAMILIES`, and add it to the table of tests that hold every family's
+saved bytes against autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from polyrank.core.architecture import Architecture
+from polyrank.core.costs.tape import Tape, Value
+
+
+def bert(tape: Tape, model: Architecture) -> Value:
+    """BERT and its kin: normalisation after each sum; a pooled first token goes to the head."""
+    x = tape.embedded()
+    mask, padded = tape.mask(), tape.step.padded
+    for names in model.blocks:
+
+        def block(x: Value, names: tuple[str, ...] = names) -> Value:
+            q, k, v, o, up, down = names
+            mixed = tape.attention(tape.linear(q, x), tape.linear(k, x), tape.linear(v, x), masked=padded)
+            x = tape.norm(tape.add(tape.linear(o, mixed), x))
+            wide = tape.activation(tape.linear(up, x))
+            return tape.norm(tape.add(tape.linear(down, wide), x))
+
+        x = tape.block(block, x, *mask)
+    return _pooled(tape, model, x)
+
+
+def vit(tape: Tape, model: Architecture) -> Value:
+    """ViT and DeiT: normalisation before each part; the head reads the first token."""
+    x = tape.embedded()
+    for names in model.blocks:
+
+        def block(x: Value, names: tuple[str, ...] = names) -> Value:
+            q, k, v, o, up, down = names
+            y = tape.norm(x)
+            x = tape.add(tape.linear(o, tape.attention(tape.linear(q, y), tape.linear(k, y), tape.linear(v, y))), x)
+            return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+
+        x = tape.block(block, x)
+    return _head(tape, tape.first_token(tape.norm(x)))
+
+
+def llama(tape: Tape, model: Architecture) -> Value:
+    """Llama, Mistral and Qwen2: RMSNorm, rotary positions, grouped key-value heads, a gated MLP."""
+    x = tape.embedded()
+    for names in model.blocks:
+
+        def block(x: Value, names: tuple[str, ...] = names) -> Value:
+            q, k, v, o, gate, up, down = names
+            y = tape.rms_norm(x)
+            query, key = _rotated(tape, model, tape.linear(q, y)), _rotated(tape, model, tape.linear(k, y))
+            mixed = tape.attention(query, key, tape.linear(v, y), masked=tape.step.padded)
+            x = tape.add(tape.linear(o, mixed), x)
+            y = tape.rms_norm(x)
+            gated = tape.multiply(tape.activation(tape.linear(gate, y)), tape.linear(up, y))
+            return tape.add(tape.linear(down, gated), x)
+
+        x = tape.block(block, x)
+    return _every_position(tape, tape.rms_norm(x))
+
+
+def gpt2(tape: Tape, model: Architecture) -> Value:
+    """GPT-2: one fused projection of q, k and v (Conv1D), normalisation before each part; blocks are given the mask."""
+    x = tape.embedded()
+    mask, padded = tape.mask(always=True), tape.step.padded
+    for names in model.blocks:
+
+        def block(x: Value, names: tuple[str, ...] = names) -> Value:
+            qkv, o, up, down = names
+            fused = tape.linear(qkv, tape.norm(x))
+            x = tape.add(tape.linear(o, tape.attention(fused, fused, fused, masked=padded)), x)
+            return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+
+        x = tape.block(block, x, *mask)
+    return _every_position(tape, tape.norm(x))
+
+
+def bloom(tape: Tape, model: Architecture) -> Value:
+    """BLOOM: a fused, interleaved projection, ALiBi positions, attention always eager."""
+    x = tape.norm(tape.embedded())
+    for names in model.blocks:
+
+        def block(x: Value, names: tuple[str, ...] = names) -> Value:
+            qkv, o, up, down = names
+            fused = tape.linear(qkv, tape.norm(x))
+            x = tape.add(tape.linear(o, tape.attention(fused, fused, fused, eager=True)), x)
+            return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+
+        x = tape.block(block, x)
+    return _every_position(tape, tape.norm(x))
+
+
+FAMILIES: dict[str, Callable[[Tape, Architecture], Value]] = {
+    "bert": bert,
+    "bloom": bloom,
+    "gpt2": gpt2,
+    "llama": llama,
+    "vit": vit,
+}
+
+
+def _rotated(tape: Tape, model: Architecture, x: Value) -> Value:
+    tables = [tape.shared(name, model.tokens * (model.hidden // model.heads)) for name in ("cos", "sin")]
+    return tape.op([x], x.numel, tables, scratch=2 * x.nbytes)
+
+
+def _pooled(tape: Tape, model: Architecture, x: Value) -> Value:
+    first = tape.first_token(x)
+    for name in model.after:
+        linear = tape.linear(name, first)
+        first = tape.op([linear], linear.numel, keeps_result=True)  # tanh
+    return _head(tape, first)
+
+
+def _every_position(tape: Tape, x: Value) -> Value:
+    """A decoder's classifier scores every position and keeps the last one's, by two index vectors."""
+    return _head(tape, x, [Value(tape.step.batch, 8), Value(tape.step.batch, 8)])
+
+
+def _head(tape: Tape, x: Value, indices: Sequence[Value] = ()) -> Value:
+    """The classifier and its cross-entropy, which keeps log-probabilities, labels and a weight."""
+    model, step = tape.model, tape.step
+    rows = x.numel // model.hidden
+    if step.autocast and x.itemsize != 2:
+        x = tape.op([x], x.numel, itemsize=2)
+    kept = [*[x] * step.head, *tape.cast(model.classes * model.hidden) * x.grad]
+    logits = tape.op([x], rows * model.classes, kept, itemsize=tape.work, trained=step.head)
+    chosen = tape.op([logits], step.batch * model.classes, indices, itemsize=4)
+    return tape.op([chosen], 1, [chosen, Value(step.batch, 8), Value(1)])

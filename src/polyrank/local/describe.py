@@ -1,0 +1,70 @@
+"""What a model is made of, read from its modules and its config; the modules may be on the meta device, without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from polyrank.core.architecture import Architecture, Quantization
+
+# Transformers' model types whose blocks run as one of the families of `polyrank.core.costs`, with the number of linear
+# layers that such a block has.
+_FAMILIES = {
+    "bert": ("bert", 6),
+    "bloom": ("bloom", 4),
+    "deit": ("vit", 6),
+    "electra": ("bert", 6),
+    "gpt2": ("gpt2", 4),
+    "llama": ("llama", 7),
+    "mistral": ("llama", 7),
+    "qwen2": ("llama", 7),
+    "roberta": ("bert", 6),
+    "vit": ("vit", 6),
+}
+
+
+def architecture(
+    model: nn.Module,
+    linears: Mapping[str, tuple[int, int]],
+    blocks: Sequence[str],
+    *,
+    tokens: int,
+    classes: int,
+    quantization: Quantization | None = None,
+) -> Architecture:
+    """The model as the cost model sees it.
+
+    Args:
+        model: a Transformers model.
+        linears: every linear layer of its backbone, as (d_out, d_in), in order.
+        blocks: names of its transformer blocks.
+        tokens: positions per example.
+        classes: outputs of the head.
+        quantization: how the base will be loaded.
+    """
+    config: Any = model.config
+    inside = tuple(tuple(name for name in linears if name.startswith(f"{block}.")) for block in blocks)
+    family, per_block = _FAMILIES.get(config.model_type, ("", 0))
+    if any(len(names) != per_block for names in inside):
+        family = ""  # a variant with other layers, such as cross-attention
+    heads = config.num_attention_heads
+    parameters = list(model.parameters())
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    return Architecture(
+        family=family,
+        linears=dict(linears),
+        blocks=inside,
+        after=tuple(name for name in linears if blocks and name > "" and not any(name in names for names in inside)),
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        activation="bloom_gelu" if config.model_type == "bloom" else str(activation),
+        attention="eager" if config._attn_implementation == "eager" else "sdpa",
+        tokens=tokens,
+        classes=classes,
+        weights=max((p.element_size() for p in parameters if p.is_floating_point()), default=4),
+        parameters=sum(p.numel() for p in parameters),
+        quantization=quantization,
+    )
