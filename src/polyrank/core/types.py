@@ -50,6 +50,7 @@ class Limit:
         have: what the client has.
         need: what `rank` needs of it.
         more: what ``rank + 1`` would need; None where no module has room for it.
+        advice: where not even rank 1 fits: changes under which it would, each a phrase.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Limit:
     have: float | None = None
     need: float | None = None
     more: float | None = None
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,14 @@ class Budget:
     Attributes:
         total: the rank budget: the sum of ranks over the adapted modules, so rank r on all of m modules is r * m.
         rank: the rank per module behind it.
-        limit: the name of the limit that binds.
+        limit: the name of the limit that binds; ``full rank`` where none does.
         limits: all limits that were looked at.
-        advice: where nothing fits: what would make rank 1 fit, each a sentence.
     """
 
     total: int
     rank: int
     limit: str
     limits: tuple[Limit, ...] = ()
-    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a model is made of, read from its modules and its config; the modules may be on the meta device, without data."""
+"""What a model is made of, read from its config and its modules, which may be on the meta device, without data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from polyrank.core.architecture import Architecture, Quantization
+from polyrank.core.costs import ACTIVATIONS
 
 # Transformers' model types whose blocks run as one of the families of `polyrank.core.costs`, with the number of linear
 # layers that such a block has.
@@ -47,20 +48,21 @@ def architecture(
     config: Any = model.config
     inside = tuple(tuple(name for name in linears if name.startswith(f"{block}.")) for block in blocks)
     family, per_block = _FAMILIES.get(config.model_type, ("", 0))
-    if any(len(names) != per_block for names in inside):
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    activation = "bloom_gelu" if config.model_type == "bloom" else str(activation)
+    if any(len(names) != per_block for names in inside) or activation not in ACTIVATIONS:
         family = ""  # a variant with other layers, such as cross-attention
     heads = config.num_attention_heads
     parameters = list(model.parameters())
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     return Architecture(
         family=family,
         linears=dict(linears),
         blocks=inside,
-        after=tuple(name for name in linears if blocks and name > "" and not any(name in names for names in inside)),
+        after=tuple(name for name in linears if not any(name in names for names in inside)),
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        activation="bloom_gelu" if config.model_type == "bloom" else str(activation),
+        activation=activation,
         attention="eager" if config._attn_implementation == "eager" else "sdpa",
         tokens=tokens,
         classes=classes,

@@ -1,22 +1,35 @@
-"""What can each client afford? Estimators turn profiles into rank budgets.
+"""What can each client afford? Estimators turn profiles into rank budgets, and say which limit binds.
 
-A budget is the sum of ranks over the adapted modules, so rank r on all of m modules is a budget of r * m.
+A budget is the sum of ranks over the adapted modules, so rank r on all of m modules is a budget of r * m. All
+estimators but `fixed` look for the largest rank per module that fits:
+
+    memory      base + adapter + gradients + optimizer + activations + overhead <= what the device has
+    upload      bytes of the update <= uplink * seconds / 8
+    download    bytes of the adapter <= downlink * seconds / 8
+
+What a profile does not state is no limit. HRALoRA is `least` with its published targets of one second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Annotated
 
+from annotated_types import Gt
+
+from polyrank.core.costs import download_bytes, memory, remedies, upload_bytes
+from polyrank.core.lowrank import Factors
 from polyrank.core.method import Estimate, Positive
-from polyrank.core.types import Budget, Client, ClientProfile, LocalTraining, ModelSpec
+from polyrank.core.types import Budget, Client, ClientProfile, Limit, LocalTraining, ModelSpec
+
+Profiles = Mapping[Client, ClientProfile]
+Seconds = Annotated[float, Gt(0)]
 
 
 def fixed(
-    profiles: Mapping[Client, ClientProfile],
-    spec: ModelSpec,
-    local: LocalTraining,
-    *,
-    rank: Positive | None = None,
+    profiles: Profiles, spec: ModelSpec, local: LocalTraining, *, rank: Positive | None = None
 ) -> dict[Client, Budget]:
     """The rank each client states, or one rank for all, on every module.
 
@@ -33,11 +46,223 @@ def fixed(
     for client, profile in profiles.items():
         own = profile.rank if rank is None else rank
         if own is None:
-            raise ValueError(f"client {client!r} states no rank; give fleet[].rank or method.estimate.rank")
+            raise ValueError(
+                f"client {client!r} states no rank; give fleet[].rank or method.estimate.rank, "
+                "or derive it: method.estimate=least"
+            )
         budgets[client] = Budget(own * len(spec.modules), own, "stated")
     return budgets
 
 
+def by_memory(
+    profiles: Profiles, spec: ModelSpec, local: LocalTraining, *, factors: Factors = "AB"
+) -> dict[Client, Budget]:
+    """The largest rank whose training fits the client's memory (after HRALoRA's rank estimator).
+
+    Args:
+        profiles: what the clients report; each must state its memory.
+        spec: the model, with its architecture.
+        local: how clients train.
+        factors: the factors that are trained; ``AB`` is enough for every schedule.
+
+    References:
+        HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
+
+    Note:
+        The released estimator counts the activations of the low-rank factors twice, never subtracts the overhead it
+        measures, and takes every module for a square one. Here they count once, the overhead is reserved, and a
+        module costs d_in + d_out per rank.
+    """
+    return _each(profiles, spec, lambda profile: [_memory(profile, spec, local, factors)], "memory")
+
+
+def by_network(
+    profiles: Profiles,
+    spec: ModelSpec,
+    local: LocalTraining,
+    *,
+    upload: Seconds | None = 1.0,
+    download: Seconds | None = 1.0,
+    factors: Factors = "AB",
+) -> dict[Client, Budget]:
+    """The largest rank that travels in the target seconds (after HRALoRA's rank estimator).
+
+    Args:
+        profiles: what the clients report; each must state a link that has a target.
+        spec: the adapted modules, and the head if it travels.
+        local: how clients train.
+        upload: seconds for the update; None: upload is no limit.
+        download: seconds for the adapter; None: download is no limit.
+        factors: the factors that are sent up; ``AB`` is enough for every schedule.
+
+    References:
+        HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
+    """
+    return _each(profiles, spec, lambda p: _links(p, spec, upload, download, factors), "uplink or downlink")
+
+
+def least(
+    profiles: Profiles,
+    spec: ModelSpec,
+    local: LocalTraining,
+    *,
+    upload: Seconds | None = 1.0,
+    download: Seconds | None = 1.0,
+    factors: Factors = "AB",
+) -> dict[Client, Budget]:
+    """The largest rank that all of a client's limits allow: its memory, its links, the rank it states (HRALoRA).
+
+    Args:
+        profiles: what the clients report; each must state at least one limit.
+        spec: the model, with its architecture where a client states its memory.
+        local: how clients train.
+        upload: seconds for the update; None: upload is no limit.
+        download: seconds for the adapter; None: download is no limit.
+        factors: the factors that are trained and sent up; ``AB`` is enough for every schedule.
+
+    References:
+        HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
+    """
+
+    def limits(profile: ClientProfile) -> list[Limit | None]:
+        stated = None if profile.rank is None else Limit("stated", profile.rank)
+        return [
+            _memory(profile, spec, local, factors),
+            *_links(profile, spec, upload, download, factors),
+            stated,
+        ]
+
+    return _each(profiles, spec, limits, "memory, uplink, downlink or rank")
+
+
+def straggler(
+    profiles: Profiles,
+    spec: ModelSpec,
+    local: LocalTraining,
+    *,
+    upload: Seconds | None = 1.0,
+    download: Seconds | None = 1.0,
+    factors: Factors = "AB",
+) -> dict[Client, Budget]:
+    """The weakest client's budget for everybody: a baseline (HRALoRA).
+
+    Args:
+        profiles, spec, local, upload, download, factors: as for `least`.
+
+    References:
+        HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
+    """
+    own = least(profiles, spec, local, upload=upload, download=download, factors=factors)
+    weakest = min(own.values(), key=lambda budget: budget.total, default=None)
+    return {
+        client: budget if weakest is None or budget.total == weakest.total else _held_to(weakest, budget, "straggler")
+        for client, budget in own.items()
+    }
+
+
+def exclusive(
+    profiles: Profiles,
+    spec: ModelSpec,
+    local: LocalTraining,
+    *,
+    rank: Positive | None = None,
+    upload: Seconds | None = 1.0,
+    download: Seconds | None = 1.0,
+    factors: Factors = "AB",
+) -> dict[Client, Budget]:
+    """The full rank for those who can afford it, nothing for the rest: a baseline (HRALoRA).
+
+    Args:
+        rank: the full rank; None: the largest that any client can afford.
+        profiles, spec, local, upload, download, factors: as for `least`.
+
+    References:
+        HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
+    """
+    own = least(profiles, spec, local, upload=upload, download=download, factors=factors)
+    full = rank or max((budget.rank for budget in own.values()), default=0)
+    target = Budget(full * len(spec.modules), full, "exclusive")
+    nothing = Budget(0, 0, "exclusive")
+    return {
+        client: _held_to(target if budget.rank >= full else nothing, budget, "exclusive")
+        for client, budget in own.items()
+    }
+
+
+def _held_to(target: Budget, own: Budget, limit: str) -> Budget:
+    """A client's budget, replaced by another for a reason that is none of its own."""
+    return replace(own, total=target.total, rank=target.rank, limit=limit)
+
+
+def _each(
+    profiles: Profiles, spec: ModelSpec, limits: Callable[[ClientProfile], list[Limit | None]], needs: str
+) -> dict[Client, Budget]:
+    """Each client's budget; clients that report the same are looked at once."""
+    known: dict[ClientProfile, Budget] = {}
+    budgets = {}
+    for client, profile in profiles.items():
+        alike = replace(profile, examples=0, group="")
+        if alike not in known:
+            found = [limit for limit in limits(alike) if limit is not None]
+            if not found:
+                raise ValueError(f"client {client!r} states no {needs}, so its rank cannot be derived")
+            known[alike] = _least(found, spec)
+        budgets[client] = known[alike]
+    return budgets
+
+
+def _least(limits: list[Limit], spec: ModelSpec) -> Budget:
+    """The budget that all limits allow; the first of those that allow the least is the one that binds."""
+    binding = min(limits, key=lambda limit: limit.rank)
+    rank = binding.rank
+    name = binding.name if rank < spec.full_rank or binding.name == "stated" else "full rank"
+    return Budget(rank * len(spec.modules), rank, name, tuple(limits))
+
+
+def _memory(profile: ClientProfile, spec: ModelSpec, local: LocalTraining, factors: Factors) -> Limit | None:
+    if profile.memory is None:
+        return None
+    limit = _limit("memory", "B", profile.memory, spec, lambda ranks: memory(spec, local, ranks, factors).total)
+    return limit if limit.rank else replace(limit, advice=remedies(spec, local, factors, profile.memory))
+
+
+def _links(
+    profile: ClientProfile, spec: ModelSpec, upload: float | None, download: float | None, factors: Factors
+) -> list[Limit | None]:
+    """The limits of the links, as the speed that a rank needs to travel in its seconds."""
+
+    def link(
+        name: str, speed: float | None, seconds: float | None, size: Callable[[Mapping[str, int]], int]
+    ) -> Limit | None:
+        if speed is None or seconds is None:
+            return None
+        limit = _limit(name, "bit/s", speed, spec, lambda ranks: 8 * size(ranks) / seconds)
+        if limit.rank or limit.more is None:
+            return limit
+        return replace(limit, advice=(f"{limit.more * seconds / speed:.3g} seconds for the {name} of rank 1",))
+
+    return [
+        link("upload", profile.uplink, upload, lambda ranks: upload_bytes(spec, ranks, factors)),
+        link("download", profile.downlink, download, lambda ranks: download_bytes(spec, ranks)),
+    ]
+
+
+def _limit(name: str, unit: str, have: float, spec: ModelSpec, cost: Callable[[Mapping[str, int]], float]) -> Limit:
+    """The largest rank on every module whose cost is at most `have`; costs never fall as the rank rises."""
+
+    def at(rank: int) -> float:
+        return cost(dict.fromkeys(spec.modules, rank))
+
+    full = spec.full_rank
+    rank = bisect_right(range(1, full + 1), have, key=at)
+    return Limit(name, rank, unit, have, at(rank) if rank else None, at(rank + 1) if rank < full else None)
+
+
 ESTIMATORS: dict[str, Estimate] = {
+    "by_memory": by_memory,
+    "by_network": by_network,
+    "exclusive": exclusive,
     "fixed": fixed,
+    "least": least,
+    "straggler": straggler,
 }

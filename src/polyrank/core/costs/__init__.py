@@ -1,17 +1,25 @@
 """What training and sending a rank costs: bytes of memory, bytes on the wire, operations, seconds. No GPU is asked."""
 
 from polyrank.core.costs.families import FAMILIES
-from polyrank.core.costs.memory import Memory, NoFormula, adapter_elements, base_bytes, memory, record
-from polyrank.core.costs.tape import peak_bytes, saved_bytes
+from polyrank.core.costs.memory import Memory, NoFormulaError, adapter_elements, base_bytes, memory, record
+from polyrank.core.costs.remedies import remedies
+from polyrank.core.costs.tape import ACTIVATIONS, peak_bytes, saved_bytes
+from polyrank.core.costs.traffic import download_bytes, round_seconds, training_flops, upload_bytes
 
 __all__ = [
+    "ACTIVATIONS",
     "FAMILIES",
     "Memory",
-    "NoFormula",
+    "NoFormulaError",
     "adapter_elements",
     "base_bytes",
+    "download_bytes",
     "memory",
     "peak_bytes",
     "record",
+    "remedies",
+    "round_seconds",
     "saved_bytes",
+    "training_flops",
+    "upload_bytes",
 ]

@@ -45,7 +45,7 @@ class Memory:
         return float(sum(getattr(self, part.name) for part in fields(self)))
 
 
-class NoFormula(ValueError):
+class NoFormulaError(ValueError):
     """The model's family has no closed form for its activations, and none was measured."""
 
 
@@ -59,7 +59,7 @@ def memory(spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], fact
         factors: the factors that are trained.
 
     Raises:
-        NoFormula: where activations can neither be computed nor have been measured.
+        NoFormulaError: where activations can neither be computed nor have been measured.
     """
     model = architecture_of(spec)
     head = sum(spec.head.values())
@@ -82,10 +82,10 @@ def architecture_of(spec: ModelSpec) -> Architecture:
     """The architecture that costs are computed from.
 
     Raises:
-        NoFormula: if the spec carries none.
+        NoFormulaError: if the spec carries none.
     """
     if spec.architecture is None:
-        raise NoFormula("the model's architecture is not known, so its costs cannot be computed")
+        raise NoFormulaError("the model's architecture is not known, so its costs cannot be computed")
     return spec.architecture
 
 
@@ -117,11 +117,11 @@ def record(
         padded: whether texts of a batch differ in length, so that attention carries a mask.
 
     Raises:
-        NoFormula: if the model's family has none.
+        NoFormulaError: if the model's family has none.
     """
     model = architecture_of(spec)
     if model.family not in FAMILIES:
-        raise NoFormula("its family has no formula for activations")
+        raise NoFormulaError("its family has no formula for activations")
     step = Step(
         batch=local.batch,
         ranks=ranks,

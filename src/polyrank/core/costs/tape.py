@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from polyrank.core.architecture import Architecture
 from polyrank.core.lowrank import Factors
 
-# What the nonlinearities save of n elements: copies of n, beside or including their input.
-_ACTIVATIONS = {
-    "gelu": 1,
-    "silu": 1,
-    "relu": 1,
-    "gelu_pytorch_tanh": 1,
-    "bloom_gelu": 1,
-    "gelu_new": 4,
-    "quick_gelu": 2,
+# What a nonlinearity of n elements saves, and what its backward needs beside: both in copies of n.
+ACTIVATIONS = {
+    "bloom_gelu": (1, 4),
+    "gelu": (1, 0),
+    "gelu_new": (4, 1),
+    "gelu_pytorch_tanh": (1, 0),
+    "relu": (1, 0),
+    "silu": (1, 0),
 }
 
 
@@ -180,10 +179,11 @@ class Tape:
 
     def activation(self, x: Value) -> Value:
         """The MLP's nonlinearity."""
-        copies = _ACTIVATIONS[self.model.activation]
-        if self.model.activation == "relu":  # keeps its result, which the next layer's LoRA may keep as well
+        copies, scratch = ACTIVATIONS[self.model.activation]
+        if self.model.activation == "relu":
             return self.op([x], x.numel, keeps_result=True)
-        return self.op([x], x.numel, [x, *(Value(x.numel, x.itemsize) for _ in range(copies - 1))])
+        kept = [x, *(Value(x.numel, x.itemsize) for _ in range(copies - 1))]
+        return self.op([x], x.numel, kept, scratch=scratch * x.nbytes)
 
     def add(self, x: Value, y: Value) -> Value:
         """A sum; keeps nothing."""
