@@ -15,6 +15,7 @@ import yaml
 from click.testing import Result
 from PIL import Image
 from torch import Tensor
+from transformers import BertConfig
 from typer.testing import CliRunner
 
 from polyrank import __version__
@@ -223,13 +224,16 @@ def test_schema_is_one_and_takes_the_experiment(digits_config: Config) -> None:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Config:
-    """An experiment on a CSV file of eight texts, with a model that is never reached."""
+    """An experiment on a CSV file of eight texts, with a model that has a config and no weights."""
+    BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24).save_pretrained(
+        tmp_path / "no_weights"
+    )
     for split in ("train", "test"):
         rows = "\n".join(f"text {i},{i % 2}" for i in range(8))
         (tmp_path / f"{split}.csv").write_text(f"text,label\n{rows}\n")
     return {
         "rounds": 1,
-        "model": {"name": "./nowhere", "rank": 2},
+        "model": {"name": "./no_weights", "rank": 2},
         "data": {"name": "files", "train": "train.csv", "test": "test.csv", "text": "text", "clients": 2},
         "fleet": [{"rank": 2}],
     }

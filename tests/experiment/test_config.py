@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from polyrank.core.method import Method
-from polyrank.experiment.build import build, server_rank
+from polyrank.experiment.build import build
 from polyrank.experiment.config import SLOTS, ConfigError, Experiment, json_schema
 from polyrank.experiment.loading import load, method_with, parse, read_yaml
+from polyrank.experiment.planning import describe, group_budgets, server_rank
 from polyrank.methods import METHODS
 from polyrank.methods.aggregate.rb_lora import rb_lora
 
@@ -166,17 +167,17 @@ def test_files_that_are_no_experiment(text: Any, part: str, tmp_path: Path) -> N
     assert part in str(refused.value)
 
 
-def test_ranks_that_do_not_go_together_are_refused_before_a_model_is_loaded(digits_config: Config) -> None:
-    config = changed(digits_config, "model.name", "./nowhere")
+def test_ranks_that_do_not_go_together_are_refused_before_a_model_is_loaded(
+    digits_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyrank.experiment.build.load_base", lambda *arguments: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=r"fleet\.1\.rank: 4 exceeds model\.rank, 3"):
-        build(parsed(changed(config, "model.rank", 3)))
-    ranks = changed(changed(config, "fleet.0.rank", None), "fleet.1.rank", None)
-    with pytest.raises(ConfigError, match=r"fleet\.0.* states no rank"):
+        build(parsed(changed(changed(digits_config, "model.rank", 3), "model.name", "./nowhere")))
+    ranks = changed(changed(digits_config, "fleet.0.rank", None), "fleet.1.rank", None)
+    with pytest.raises(ConfigError, match=r"fleet\.0.* states no rank.*method\.estimate=least"):
         build(parsed(ranks))
-    with pytest.raises(ConfigError, match=r"fleet\.0.* states no rank"):
-        build(parsed(changed(config, "fleet.0.rank", None)))
-    with pytest.raises(ConfigError, match=r"model\.rank: missing, and no group of the fleet states a rank"):
-        build(parsed(changed(ranks, "model.rank", None)))
+    with pytest.raises(ConfigError, match=r"method\.estimate: gives a rank of 9, above model\.rank, 4"):
+        build(parsed(changed(digits_config, "method", {"name": "fedit", "estimate": {"rank": 9}})))
 
 
 # --- overrides
@@ -278,7 +279,9 @@ def test_thirds_sum_to_one(digits_config: Config) -> None:
 
 
 def test_the_server_s_rank_is_the_fleet_s_largest(digits_config: Config) -> None:
-    assert server_rank(parsed(changed(digits_config, "model.rank", None))) == 4
+    experiment = parsed(changed(digits_config, "model.rank", None))
+    method = experiment.build_method()
+    assert server_rank(experiment, group_budgets(experiment, method, describe(experiment, method))) == 4
 
 
 # --- resolved

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -357,10 +358,35 @@ def test_dropout_comes_from_the_stream(tiny_model: Models, tiny_batch: Batches, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_dropout_keeps_the_mean_of_an_update() -> None:
-    kept = attach._keep(torch.ones(200, 500), 0.25, torch.Generator().manual_seed(0))
-    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert kept.mean().item() == pytest.approx(1.0, abs=0.01)
+def test_dropout_drops_its_share_and_meets_new_masks_in_every_forward_pass() -> None:
+    masks = attach._Masks(0.25, seed=0)
+    x = torch.ones(200, 500)
+    first, again = masks.drop("q", x), masks.drop("q", x)
+    assert first.unique().tolist() == [0, 1]
+    assert first.mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(first, again)  # a checkpointed block meets the mask it met before
+    assert not torch.equal(first, masks.drop("v", x))
+    masks.counted(lambda batch, dense: torch.zeros(()))({}, {})
+    assert not torch.equal(first, masks.drop("q", x))
+
+
+@pytest.mark.parametrize("family", ["bert", "bloom", "gpt2", "llama", "vit"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_gives_the_same_gradients(
+    family: str, dropout: float, tiny_model: Models, tiny_batch: Batches, random_adapter: Adapters
+) -> None:
+    base, batch = base_of(tiny_model(family), "all-linear"), tiny_batch(family)
+    adapter = random_adapter(base.spec, head=base.initial_head())
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        rng = np.random.default_rng(0)
+        with base.attached(adapter, None, "AB", dropout, rng, checkpointing) as live:
+            torch.nn.functional.cross_entropy(live(batch), batch["labels"]).backward()
+            return [parameter.grad for parameter in live.parameters()]
+
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(again, plain)
+    assert all("forward" not in vars(module) for module in base.modules.values())
 
 
 # --- PEFT's format

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from polyrank.core.architecture import Architecture
 from polyrank.core.fake import FakeClients, echo
 from polyrank.core.federate import absorb, plan
 from polyrank.core.lowrank import Adapter, LowRank, delta, overlay, pad, rescale, tail, truncate, zeros
@@ -38,6 +39,23 @@ ENTRIES = [(table, name) for table, entries in TABLES.items() for name in entrie
 REFERENCE = re.compile(r"\d{4}\.\d{5}|\d{4}\.[a-z-]+\.\d+|Findings of EACL 2026|References:\s+\S")
 
 SPEC = ModelSpec({"l0": (12, 10), "l1": (8, 10)})
+SHAPES = {"q": (16, 16), "k": (16, 16), "v": (16, 16), "o": (16, 16), "up": (64, 16), "down": (16, 64)}
+MADE_OF = Architecture(
+    family="bert",
+    linears=SHAPES,
+    blocks=(tuple(SHAPES),),
+    after=(),
+    hidden=16,
+    heads=2,
+    kv_heads=2,
+    activation="gelu",
+    attention="sdpa",
+    tokens=8,
+    classes=2,
+    weights=4,
+    parameters=5000,
+)
+COSTED = ModelSpec({"q": (16, 16), "v": (16, 16)}, {"q": 0, "v": 0}, {"head": 32}, architecture=MADE_OF)
 RANK = 6
 EQUAL = dict.fromkeys("abcd", RANK)
 UNEQUAL = {"a": 2, "b": 4, "c": 6, "d": 6}
@@ -466,9 +484,10 @@ def test_budgets_are_whole_and_never_lowered_by_a_stronger_client(estimate: Call
         return ClientProfile(100, rank, memory=rank * 2.0**30, uplink=rank * 1e6, downlink=rank * 1e7, flops=1e12)
 
     profiles = {"a": profile(2), "b": profile(8), "c": profile(2)}
-    budgets = estimate(profiles, SPEC, LocalTraining())
+    budgets = estimate(profiles, COSTED, LocalTraining())
     assert budgets.keys() == profiles.keys()
     assert all(isinstance(budget.total, int) and budget.total >= 0 for budget in budgets.values())
     assert budgets["a"] == budgets["c"]
     assert budgets["a"].total <= budgets["b"].total
-    assert estimate({"a": profiles["a"]}, SPEC, LocalTraining()) == {"a": budgets["a"]}
+    alone = estimate({"a": profiles["a"]}, COSTED, LocalTraining())
+    assert alone["a"].total >= budgets["a"].total  # others can only take a client out (exclusive)

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from polyrank.core.costs import NoFormulaError, task_memory
 from polyrank.core.lowrank import Adapter, Factors, combine, precision
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
@@ -123,7 +124,7 @@ def federate(
         now = local.at(state.round, rounds)
         chosen = sample(profiles, cohort, state.round, seed)
         tasks = plan(method, state, budgets, chosen, spec, now, seed)
-        ledger = _Ledger(state.round, method.factors(state.round), now.lr, tasks)
+        ledger = _Ledger(state.round, method.factors(state.round), now, tasks, spec)
         state = absorb(method, state, ledger.watch(clients.fit(tasks)), seed)
         yield state, ledger.record()
 
@@ -185,12 +186,15 @@ class _DenseMean:
 class _Ledger:
     """Keeps the books of a round while its updates stream past."""
 
-    def __init__(self, round_: int, factors: Factors, lr: float, tasks: Mapping[Client, Task]) -> None:
-        self.round, self.factors, self.lr, self.tasks = round_, factors, lr, tasks
+    def __init__(
+        self, round_: int, factors: Factors, local: LocalTraining, tasks: Mapping[Client, Task], spec: ModelSpec
+    ) -> None:
+        self.round, self.factors, self.local, self.tasks, self.spec = round_, factors, local, tasks, spec
         self.up: dict[Client, int] = {}
         self.losses: dict[Client, float] = {}
         self.examples: dict[Client, float] = {}
         self.seconds: list[float] = []
+        self.memory: dict[Client, float] = {}
 
     def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
         for update in updates:
@@ -200,13 +204,15 @@ class _Ledger:
                 self.losses[update.client] = float(update.metrics["loss"])
             if "seconds" in update.metrics:
                 self.seconds.append(float(update.metrics["seconds"]))
+            if "memory" in update.metrics:
+                self.memory[update.client] = float(update.metrics["memory"])
             yield update
 
     def record(self) -> RoundRecord:
         return RoundRecord(
             round=self.round,
             factors=self.factors,
-            lr=self.lr,
+            lr=self.local.lr,
             ranks={c: {name: x.rank for name, x in task.adapter.layers.items()} for c, task in self.tasks.items()},
             bytes_down={c: task.nbytes for c, task in self.tasks.items()},
             bytes_up=self.up,
@@ -214,4 +220,14 @@ class _Ledger:
             examples=self.examples,
             dropped=tuple(c for c in self.tasks if c not in self.up),
             seconds=max(self.seconds) if self.seconds else None,
+            predicted_memory=self._predicted(),
+            measured_memory=self.memory,
         )
+
+    def _predicted(self) -> dict[Client, float]:
+        if self.spec.architecture is None:
+            return {}
+        try:
+            return {client: task_memory(self.spec, task).total for client, task in self.tasks.items()}
+        except NoFormulaError:
+            return {}

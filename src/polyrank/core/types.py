@@ -197,7 +197,8 @@ class Update:
         adapter: the trained adapter. A factor that the task froze is the one that was sent; it does not travel.
         examples: training examples behind the update; 0 gives it no weight among clients that have some.
         factors: the factors that were trained, and so travel.
-        metrics: figures of the local training: ``loss`` (mean over the round), ``steps``, ``seconds`` (simulated).
+        metrics: figures of the local training: ``loss`` (mean over the round), ``steps``, ``seconds`` (simulated),
+            ``memory`` (measured peak, bytes).
     """
 
     client: Client
@@ -248,6 +249,8 @@ class RoundRecord:
         dropped: clients that were asked and did not answer.
         seconds: simulated seconds of the round, where the fleet states its links (the slowest client's).
         metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated.
+        predicted_memory: bytes that each client should need at its peak, where the cost model knows the model.
+        measured_memory: bytes that each client did need, where it was measured.
     """
 
     round: int
@@ -261,6 +264,8 @@ class RoundRecord:
     dropped: tuple[Client, ...] = ()
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    predicted_memory: Mapping[Client, float] = field(default_factory=dict)
+    measured_memory: Mapping[Client, float] = field(default_factory=dict)
 
 
 class Clients(Protocol):

@@ -7,6 +7,7 @@ To add a data set or a partitioner: one function whose keyword-only parameters a
 from polyrank.data.cache import cache_dir
 from polyrank.data.digits import digits, public_digits
 from polyrank.data.hub import hub
+from polyrank.data.outline import Outline, outline
 from polyrank.data.partition import Partition
 from polyrank.data.partitioners import PARTITIONERS
 from polyrank.data.prepare import ImageSplit, TextSplit, prepare_images, prepare_text
@@ -31,6 +32,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "ImageSplit",
+    "Outline",
     "Partition",
     "Source",
     "TextSplit",
@@ -39,6 +41,7 @@ __all__ = [
     "hold_out",
     "hub",
     "limit",
+    "outline",
     "prepare_images",
     "prepare_text",
     "public_digits",

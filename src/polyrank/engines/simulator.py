@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from polyrank.core.architecture import ModelSpec
+from polyrank.core.costs import round_seconds
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile, Task, Update
 from polyrank.local.hf import Base
 from polyrank.local.trainer import Examples, Indices, train
 
-Clock = Callable[[ClientProfile, Task, Update], float | None]
+Clock = Callable[[ClientProfile, ModelSpec, Task, Update], float | None]
 
 
-def link_seconds(profile: ClientProfile, task: Task, update: Update) -> float | None:
-    """Seconds on the client's links for one task and one update; None where the profile does not state them."""
-    if profile.uplink is None or profile.downlink is None:
-        return None
-    return 8 * (task.nbytes / profile.downlink + update.nbytes / profile.uplink)
+def simulated_seconds(profile: ClientProfile, spec: ModelSpec, task: Task, update: Update) -> float | None:
+    """A client's round on the simulated clock: its messages on its links, its training at its speed."""
+    ranks = {name: x.rank for name, x in task.adapter.layers.items()}
+    return round_seconds(profile, spec, task.local, ranks, task.factors, task.nbytes, update.nbytes).total
 
 
 class Simulator:
@@ -28,6 +29,7 @@ class Simulator:
         data: prepared training examples of all clients.
         shares: each client's indices into `data`.
         profiles: each client's profile.
+        spec: the base's, where more is known of it.
         absent: probability that a client asked in a round does not answer.
         seed: the run's seed; absences have their own stream.
         clock: simulated seconds of a client's round.
@@ -40,10 +42,12 @@ class Simulator:
         shares: Mapping[Client, Indices],
         profiles: Mapping[Client, ClientProfile],
         *,
+        spec: ModelSpec | None = None,
         absent: float = 0.0,
         seed: int = 0,
-        clock: Clock = link_seconds,
+        clock: Clock = simulated_seconds,
     ) -> None:
+        self.spec = spec or base.spec
         self.base, self.data, self.shares = base, data, shares
         self._profiles, self.absent, self.seed, self.clock = dict(profiles), absent, seed, clock
 
@@ -54,7 +58,7 @@ class Simulator:
     def only(self, clients: Sequence[Client]) -> Simulator:
         """The same world with these clients alone, who always answer."""
         profiles = {client: self._profiles[client] for client in clients}
-        return Simulator(self.base, self.data, self.shares, profiles, seed=self.seed, clock=self.clock)
+        return Simulator(self.base, self.data, self.shares, profiles, spec=self.spec, seed=self.seed, clock=self.clock)
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Trains client after client, in order; absent clients are skipped."""
@@ -63,7 +67,7 @@ class Simulator:
             if self.absent and stream(self.seed, "absent", task.round, client).random() < self.absent:
                 continue
             update = train(self.base, task, client, self.data, self.shares[client])
-            seconds = self.clock(self._profiles[client], task, update)
+            seconds = self.clock(self._profiles[client], self.spec, task, update)
             if seconds is not None:
                 update = replace(update, metrics={**update.metrics, "seconds": seconds})
             yield update

@@ -14,9 +14,10 @@ import numpy as np
 
 from polyrank.core.federate import federate
 from polyrank.core.lowrank import combine
+from polyrank.core.method import Method
 from polyrank.core.types import ClientProfile, LocalTraining
 from polyrank.engines.simulator import Simulator
-from polyrank.experiment.build import World, server_rank
+from polyrank.experiment.build import World
 from polyrank.experiment.config import Experiment
 from polyrank.local.trainer import evaluate
 from polyrank.methods.named import fedit
@@ -27,12 +28,13 @@ def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if "single" in experiment.baselines:
         results["single"] = {
-            "test": _train(experiment, world, pooled(experiment, world), _same_steps(experiment, world))
+            "test": _train(experiment, world, pooled(experiment, world), _same_steps(experiment, world), fedit())
         }
     if "local" in experiment.baselines:
         local = experiment.local_training()
+        own_budget = replace(fedit(), estimate=world.method.estimate)
         alone = {
-            client: _train(experiment, world, world.simulator.only([client]), local)
+            client: _train(experiment, world, world.simulator.only([client]), local, own_budget)
             for client in world.simulator.profiles()
         }
         best = max(alone, key=lambda client: alone[client]["accuracy"])
@@ -44,16 +46,21 @@ def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
 def pooled(experiment: Experiment, world: World) -> Simulator:
     """A world with one client that holds everybody's examples, at the server's rank."""
     everything = np.sort(np.concatenate(list(world.simulator.shares.values())))
-    profile = ClientProfile(len(everything), rank=server_rank(experiment))
+    profile = ClientProfile(len(everything), rank=world.rank)
     return Simulator(
-        world.base, world.splits["train"], {"pooled": everything}, {"pooled": profile}, seed=experiment.seed
+        world.base,
+        world.splits["train"],
+        {"pooled": everything},
+        {"pooled": profile},
+        spec=world.spec,
+        seed=experiment.seed,
     )
 
 
-def _train(experiment: Experiment, world: World, clients: Simulator, local: LocalTraining) -> dict[str, float]:
-    rounds = federate(
-        fedit(), world.start, clients, world.base.spec, local, rounds=experiment.rounds, seed=experiment.seed
-    )
+def _train(
+    experiment: Experiment, world: World, clients: Simulator, local: LocalTraining, method: Method
+) -> dict[str, float]:
+    rounds = federate(method, world.start, clients, world.spec, local, rounds=experiment.rounds, seed=experiment.seed)
     *_, (state, _) = rounds
     with world.base.attached(combine([state.folded, state.adapter])) as model:
         return evaluate(model, world.splits["test"])

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, fresh, pad, rescale
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
-from polyrank.core.types import ClientProfile, ModelSpec, ServerState
+from polyrank.core.types import ServerState
 from polyrank.data import (
     Dataset,
     ImageSplit,
@@ -24,20 +25,38 @@ from polyrank.data import (
 )
 from polyrank.engines.simulator import Simulator
 from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.planning import (
+    BUILT_IN_MODELS,
+    check_stated_ranks,
+    completed,
+    describe,
+    group_budgets,
+    server_rank,
+)
 from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.local import hf
 from polyrank.local.adapters import AdapterError, read_adapter
-from polyrank.local.digits_base import digits_vit
 
 Split = TextSplit | ImageSplit
-BUILT_IN_MODELS = {"digits-vit": digits_vit}
 
 
 @dataclass(frozen=True)
 class World:
-    """All that a run needs besides its state."""
+    """All that a run needs besides its state.
+
+    Attributes:
+        base: the frozen model.
+        spec: what planning knows of it, costs included.
+        rank: the server's rank per module.
+        simulator: the clients.
+        method: the six answers.
+        splits: prepared data.
+        start: the first state.
+    """
 
     base: hf.Base
+    spec: ModelSpec
+    rank: int
     simulator: Simulator
     method: Method
     splits: Mapping[str, Split]
@@ -53,7 +72,10 @@ def on_this_machine(experiment: Experiment) -> Experiment:
 def load_base(experiment: Experiment, dataset: Dataset) -> tuple[hf.Base, dict[str, Split]]:
     """The frozen model with a head for the data's classes, and the three splits prepared for it."""
     config = experiment.model
-    name = BUILT_IN_MODELS[config.name]() if config.name in BUILT_IN_MODELS else hf.locate(config.name)
+    if config.quantize is not None:
+        raise ConfigError(f"model.quantize: {config.quantize}: plans account for it, but it cannot be run yet")
+    _, folder = BUILT_IN_MODELS.get(config.name, (None, None))
+    name = folder() if folder else hf.locate(config.name)
     base = hf.load_base(
         name,
         config.targets,
@@ -63,6 +85,8 @@ def load_base(experiment: Experiment, dataset: Dataset) -> tuple[hf.Base, dict[s
         device=pick_device(experiment.device),
         dtype=config.dtype,
         image_size=config.image_size,
+        attention=config.attention,
+        tokens=config.max_length,
     )
     sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     splits: dict[str, Split] = {}
@@ -81,44 +105,43 @@ def build(experiment: Experiment) -> World:
     """Everything, in an order in which cheap mistakes surface first."""
     torch.set_num_threads(experiment.threads or default_threads())
     method = experiment.build_method()
+    check_stated_ranks(experiment)
+    planned = describe(experiment, method)
+    budgets = group_budgets(experiment, method, planned)
+    rank = server_rank(experiment, budgets)
+    check_rank(rank, planned, experiment)
     shares = share_data(experiment)
     profiles = fleet_profiles(experiment.fleet, shares)
-    _check_ranks(experiment, method)
     base, splits = load_base(experiment, shares.dataset)
+    spec = completed(base.spec, experiment, method)
     simulator = Simulator(
         base,
         splits["train"],
         shares.indices(),
         profiles,
+        spec=spec,
         absent=experiment.absent,
         seed=experiment.seed,
     )
-    return World(base, simulator, method, splits, first_state(experiment, base))
+    return World(base, spec, rank, simulator, method, splits, first_state(experiment, base, rank))
 
 
-def server_rank(experiment: Experiment) -> int:
-    """The server's rank per module: as configured, or the largest rank in the fleet."""
-    ranks = [group.rank for group in experiment.fleet if group.rank is not None]
-    given = experiment.model.rank or max(ranks, default=None)
-    if given is None:
-        raise ConfigError("model.rank: missing, and no group of the fleet states a rank")
-    return given
+def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
+    """Refuses a server's rank that a module has no room for."""
+    for name, shape in spec.modules.items():
+        if min(shape) < rank and experiment.model.rank is not None:
+            raise ConfigError(f"model.rank: {rank} exceeds the smaller dimension of {name} ({shape[0]} x {shape[1]})")
 
 
-def first_state(experiment: Experiment, base: hf.Base) -> ServerState:
+def first_state(experiment: Experiment, base: hf.Base, rank: int) -> ServerState:
     """Round 0: fresh low-rank layers (or an adapter to start from), and the head."""
-    rank = server_rank(experiment)
     scale = (experiment.model.alpha or rank) / rank
     rng = stream(experiment.seed, "adapter")
-    too_small = {name: shape for name, shape in base.spec.modules.items() if min(shape) < rank}
-    if too_small:
-        name, shape = next(iter(too_small.items()))
-        raise ConfigError(f"model.rank: {rank} exceeds the smaller dimension of {name} ({shape[0]} x {shape[1]})")
     layers = {name: fresh(shape, rank, scale, rng) for name, shape in base.spec.modules.items()}
     head = base.initial_head()
     if experiment.model.adapter is not None:
         given, _ = read_adapter(experiment.model.adapter)
-        _check_adapter(given, layers, head, experiment)
+        _check_adapter(given, layers, head, experiment, rank)
         layers |= {name: rescale(pad(x, rank, rng), scale) for name, x in given.layers.items()}
         head |= {name: tensor.float() for name, tensor in given.dense.items()}
     if experiment.model.head == "freeze":
@@ -151,23 +174,8 @@ def default_threads() -> int:
     return cores
 
 
-def _check_ranks(experiment: Experiment, method: Method) -> None:
-    rank = server_rank(experiment)
-    for index, group in enumerate(experiment.fleet):
-        if group.rank is not None and group.rank > rank:
-            raise ConfigError(f"fleet.{index}.rank: {group.rank} exceeds model.rank, {rank}")
-    probes = {f"fleet.{index}": ClientProfile(1, rank=group.rank) for index, group in enumerate(experiment.fleet)}
-    try:
-        budgets = method.estimate(probes, ModelSpec({"module": (1, 1)}), experiment.local_training())
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    largest = max(budget.rank for budget in budgets.values())
-    if largest > rank:
-        raise ConfigError(f"method.estimate: gives a rank of {largest}, above model.rank, {rank}")
-
-
-def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment) -> None:  # type: ignore[type-arg]
-    folder, rank = experiment.model.adapter, server_rank(experiment)
+def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment, rank: int) -> None:  # type: ignore[type-arg]
+    folder = experiment.model.adapter
     for name, x in given.layers.items():
         if name not in layers:
             raise AdapterError(f"model.adapter: {folder}: layer {name} is none of the model's targets: another model?")

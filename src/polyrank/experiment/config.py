@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, create_model, model_validator
 
+from polyrank.core.architecture import Quantization
 from polyrank.core.method import Method
 from polyrank.core.types import LocalTraining
 from polyrank.errors import InputError
@@ -21,7 +22,7 @@ from polyrank.experiment.components import (
     union_of,
 )
 from polyrank.experiment.tables import DATASETS, METHODS, PARTITIONERS, SLOTS
-from polyrank.experiment.units import Flops, Memory, Share, Speed
+from polyrank.experiment.units import Flops, FreeMemory, Memory, Share, Speed
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -42,6 +43,8 @@ class ModelConfig(Strict):
         head: whether the classification head is trained and averaged, or stays as it started.
         adapter: a PEFT adapter to start from.
         dtype: of the base.
+        attention: ``eager``, ``sdpa`` (memory-efficient), or ``auto`` for the library's choice.
+        quantize: ``8bit`` or ``4bit`` linear layers of the base; planned with, but not yet run.
         image_size: pixels per side, where it is not the model's own.
         max_length: tokens per text; longer texts are cut.
     """
@@ -53,6 +56,8 @@ class ModelConfig(Strict):
     head: Literal["train", "freeze"] = "train"
     adapter: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    quantize: Quantization | None = None
     image_size: Count | None = None
     max_length: Count = 128
 
@@ -80,16 +85,29 @@ class Group(Strict):
         name: for tables and figures.
         share: its share of the clients; the last group takes what rounding leaves.
         rank: the rank its clients state.
-        memory, uplink, downlink, flops: what its clients report.
+        memory: of the accelerator, or ``detect`` for what is free on this machine.
+        uplink, downlink, flops: what its clients report.
     """
 
     name: str = ""
     share: Share = 1.0
     rank: Count | None = None
-    memory: Memory | None = None
+    memory: FreeMemory | None = None
     uplink: Speed | None = None
     downlink: Speed | None = None
     flops: Flops | None = None
+
+
+class CostsConfig(Strict):
+    """What the cost model cannot know.
+
+    Attributes:
+        overhead: memory reserved beside tensors, on every client; the calibration's, or 64 MiB, if not given.
+        calibration: a file that ``polyrank profile`` wrote.
+    """
+
+    overhead: Memory | None = None
+    calibration: Path | None = None
 
 
 class EvaluateConfig(Strict):
@@ -150,7 +168,7 @@ class Experiment(Strict):
         absent: probability that a client asked in a round does not answer.
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
-        model, data, fleet, method, local, evaluate: see there.
+        model, data, fleet, method, local, costs, evaluate: see there.
         baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
             many rounds and evaluated alike.
         expected: the figure to reach, checked by tests.
@@ -167,6 +185,7 @@ class Experiment(Strict):
     fleet: list[Group] = Field(min_length=1)
     method: MethodConfig = Field(default_factory=lambda: {"name": "fedit"}, validate_default=True)  # type: ignore[valid-type]
     local: LocalConfig = Field(default_factory=dict, validate_default=True)
+    costs: CostsConfig = CostsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
     expected: Expected | None = None
@@ -200,7 +219,10 @@ class Experiment(Strict):
         plain["method"] |= {slot: describe(table, getattr(method, slot)) for slot, table in SLOTS.items()}
         for group, given in zip(plain["fleet"], self.fleet, strict=True):
             units = {"memory": "B", "uplink": "bit/s", "downlink": "bit/s", "flops": "FLOP/s"}
-            group.update({key: f"{getattr(given, key)!r} {unit}" for key, unit in units.items() if key in group})
+            numbers = {key: unit for key, unit in units.items() if isinstance(group.get(key), float)}
+            group.update({key: f"{getattr(given, key)!r} {unit}" for key, unit in numbers.items()})
+        if self.costs.overhead is not None:
+            plain["costs"]["overhead"] = f"{self.costs.overhead!r} B"
         return plain
 
 

@@ -139,4 +139,5 @@ def _absolute(experiment: Experiment, folder: Path) -> Experiment:
     if (folder / Path(name).expanduser()).is_dir() or name.startswith((".", "~")):
         name = str((folder / Path(name).expanduser()).resolve())
     model = fix(experiment.model).model_copy(update={"name": name})
-    return experiment.model_copy(update={"model": model, "data": fix(experiment.data)})
+    update = {"model": model, "data": fix(experiment.data), "costs": fix(experiment.costs)}
+    return experiment.model_copy(update=update)

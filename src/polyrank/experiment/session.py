@@ -46,7 +46,7 @@ class Session:
             world.method,
             self.state,
             world.simulator,
-            world.base.spec,
+            world.spec,
             e.local_training(),
             rounds=e.rounds,
             cohort=e.cohort,

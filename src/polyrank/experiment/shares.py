@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from polyrank.core.types import Client, ClientProfile
 from polyrank.data import DataError, Dataset, Partition, hold_out, limit
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment, Group
+from polyrank.experiment.planning import profile_of
 from polyrank.experiment.tables import DATASETS, PARTITIONERS
 
 
@@ -55,11 +56,8 @@ def fleet_profiles(fleet: list[Group], shares: Shares) -> dict[Client, ClientPro
     sizes = [int(count * group.share + 1e-9) for group in fleet[:-1]]
     groups = np.repeat(np.arange(len(fleet)), [*sizes, count - sum(sizes)])
     examples = shares.partition.sizes
+    reports = [profile_of(group) for group in fleet]
     return {
-        client: ClientProfile(
-            examples=int(examples[index]),
-            **fleet[g].model_dump(exclude={"share", "name"}),
-            group=fleet[g].name or f"group {g}",
-        )
+        client: replace(reports[g], examples=int(examples[index]), group=fleet[g].name or f"group {g}")
         for index, (client, g) in enumerate(zip(shares.clients, groups.tolist(), strict=True))
     }

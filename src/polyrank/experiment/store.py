@@ -1,7 +1,7 @@
 """A run on disk, and its checkpoints: safetensors and JSON, written whole or not at all.
 
     experiment.yaml   the resolved experiment         rounds.jsonl   one RoundRecord a line
-    summary.json      results, versions, hardware     timings.jsonl  wall seconds per round
+    summary.json      results, versions, hardware     timings.jsonl  seconds and memory as measured
     adapter/          the final adapter, PEFT format  best/          the validation-selected one
     state/            what `polyrank resume` needs
 
@@ -76,10 +76,13 @@ class Run:
 
     def append(self, record: RoundRecord, wall_seconds: float) -> None:
         """One line per file. A record may outlive its round's checkpoint; `restore` drops it then."""
-        for path, value in (
-            (self.rounds_file, asdict(record)),
-            (self.timings_file, {"round": record.round, "wall_seconds": round(wall_seconds, 3)}),
-        ):
+        plain = asdict(record)
+        measured = {
+            "round": record.round,
+            "wall_seconds": round(wall_seconds, 3),
+            "measured_memory": plain.pop("measured_memory"),
+        }
+        for path, value in ((self.rounds_file, plain), (self.timings_file, measured)):
             with open(path, "a") as file:
                 file.write(json.dumps(value) + "\n")
                 file.flush()

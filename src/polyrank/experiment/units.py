@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -15,8 +15,10 @@ _BITS = {f"{p}bit/s": n for p, n in _DECIMAL.items()} | {f"{p}B/s": 8 * n for p,
 _FLOPS = {f"{p}FLOP/s": n for p, n in _DECIMAL.items()}
 
 
-def _quantity(units: dict[str, int], example: str) -> BeforeValidator:
+def _quantity(units: dict[str, int], example: str, *words: str) -> BeforeValidator:
     def parse(value: Any) -> Any:
+        if value in words:
+            return value
         if not isinstance(value, str):
             raise ValueError(f"needs a unit, for example {example!r}")
         match = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)\s*", value)
@@ -39,6 +41,9 @@ def _share(value: Any) -> Any:
 
 Memory = Annotated[float, _quantity(_BYTES, "2 GiB")]
 """Bytes."""
+
+FreeMemory = Annotated[float | Literal["detect"], _quantity(_BYTES, "2 GiB", "detect")]
+"""Bytes, or what is free where the experiment runs."""
 
 Speed = Annotated[float, _quantity(_BITS, "7.08 Mbit/s")]
 """Bits per second."""

@@ -28,6 +28,7 @@ class Attachment:
         A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained).
         dense: the dense parameters by name, likewise.
         fixed: dense parameters that only run.
+        frozen: low-rank layers that only run.
         scales: of the layers.
         forward: the model, called with a batch and the dense parameters to use.
     """
@@ -36,6 +37,7 @@ class Attachment:
     B: dict[str, Tensor]
     dense: dict[str, Tensor]
     fixed: dict[str, Tensor]
+    frozen: dict[str, LowRank]
     scales: dict[str, float]
     forward: Forward
 
@@ -45,6 +47,11 @@ class Attachment:
     def parameters(self) -> list[Tensor]:
         """What an optimizer updates."""
         return [t for group in (self.A, self.B, self.dense) for t in group.values() if t.requires_grad]
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held beside the base: trained, frozen and fixed."""
+        frozen = [t for layer in self.frozen.values() for t in (layer.A, layer.B)]
+        return [*self.A.values(), *self.B.values(), *self.dense.values(), *self.fixed.values(), *frozen]
 
     def adapter(self) -> Adapter:
         """The current values, detached, on the CPU."""
@@ -86,6 +93,7 @@ def attached(
         B={name: _leaf(x.B, device, "B" in trains) for name, x in adapter.layers.items()},
         dense={name: _leaf(tensor, device, factors is not None) for name, tensor in adapter.dense.items()},
         fixed={name: tensor.to(device) for name, tensor in frozen.dense.items()},
+        frozen={n: LowRank(_leaf(x.A, device), _leaf(x.B, device), x.scale) for n, x in frozen.layers.items()},
         scales={name: x.scale for name, x in adapter.layers.items()},
         forward=forward,
     )
@@ -93,10 +101,8 @@ def attached(
     if masks is not None:
         live = replace(live, forward=masks.counted(forward))
     handles = []
-    for name in {**live.A, **frozen.layers}:
-        held = frozen.layers.get(name)
-        held = held and LowRank(_leaf(held.A, device), _leaf(held.B, device), held.scale)
-        handles.append(modules[name].register_forward_hook(_hook(name, live, held, masks)))
+    for name in {**live.A, **live.frozen}:
+        handles.append(modules[name].register_forward_hook(_hook(name, live, masks)))
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -115,13 +121,14 @@ def _leaf(tensor: Tensor, device: torch.device, trained: bool = False) -> Tensor
 
 
 def _hook(
-    name: str, live: Attachment, held: LowRank | None, masks: _Masks | None
+    name: str, live: Attachment, masks: _Masks | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Adds the low-rank updates of one module, trained and held, to its output."""
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].to(torch.float32)
         update = torch.zeros((), device=x.device)
+        held = live.frozen.get(name)
         if held is not None:
             update = F.linear(F.linear(x, held.A), held.B) * held.scale
         if name in live.A:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from polyrank.core.architecture import Architecture, Quantization
+from polyrank.core.architecture import Architecture
 from polyrank.core.costs import ACTIVATIONS
 
 # Transformers' model types whose blocks run as one of the families of `polyrank.core.costs`, with the number of linear
@@ -27,13 +27,7 @@ _FAMILIES = {
 
 
 def architecture(
-    model: nn.Module,
-    linears: Mapping[str, tuple[int, int]],
-    blocks: Sequence[str],
-    *,
-    tokens: int,
-    classes: int,
-    quantization: Quantization | None = None,
+    model: nn.Module, linears: Mapping[str, tuple[int, int]], blocks: Sequence[str], tokens: int
 ) -> Architecture:
     """The model as the cost model sees it.
 
@@ -42,16 +36,15 @@ def architecture(
         linears: every linear layer of its backbone, as (d_out, d_in), in order.
         blocks: names of its transformer blocks.
         tokens: positions per example.
-        classes: outputs of the head.
-        quantization: how the base will be loaded.
     """
     config: Any = model.config
     inside = tuple(tuple(name for name in linears if name.startswith(f"{block}.")) for block in blocks)
     family, per_block = _FAMILIES.get(config.model_type, ("", 0))
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     activation = "bloom_gelu" if config.model_type == "bloom" else str(activation)
-    if any(len(names) != per_block for names in inside) or activation not in ACTIVATIONS:
-        family = ""  # a variant with other layers, such as cross-attention
+    plain = all(len(names) == per_block for names in inside) and activation in ACTIVATIONS
+    if not plain or not tokens:
+        family = ""  # a variant with other layers, such as cross-attention, or inputs of unknown length
     heads = config.num_attention_heads
     parameters = list(model.parameters())
     return Architecture(
@@ -65,8 +58,7 @@ def architecture(
         activation=activation,
         attention="eager" if config._attn_implementation == "eager" else "sdpa",
         tokens=tokens,
-        classes=classes,
+        classes=config.num_labels,
         weights=max((p.element_size() for p in parameters if p.is_floating_point()), default=4),
         parameters=sum(p.numel() for p in parameters),
-        quantization=quantization,
     )

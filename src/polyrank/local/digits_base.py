@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,11 @@ from polyrank.local import hf
 
 _RECIPE = "digits-vit-1"
 _EPOCHS, _BATCH, _LR = 30, 64, 2e-3
+
+
+def digits_config() -> Any:
+    """The config of the model."""
+    return hf.small_vit_config(image_size=8, patch_size=2, hidden=64, layers=4, heads=4, channels=1, classes=10)
 
 
 def digits_vit() -> str:
@@ -48,7 +54,7 @@ def _fit() -> torch.nn.Module:
     source = public_digits()
     data = prepare_images(source, 8, 1, (0.5,), (0.5,))
     rng = stream(0, "digits-vit")
-    model = hf.small_vit(image_size=8, patch_size=2, hidden=64, layers=4, heads=4, channels=1, classes=10, rng=rng)
+    model = hf.random_vit(digits_config(), rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=0.01, fused=True)
     steps = _EPOCHS * int(np.ceil(len(source) / _BATCH))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_LR, total_steps=steps)

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from polyrank.core.architecture import ModelSpec, Quantization
 from polyrank.core.lowrank import Adapter, Factors
-from polyrank.core.types import ModelSpec
 from polyrank.errors import InputError
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, attached
 from polyrank.local.describe import architecture
 from polyrank.local.targets import resolve_targets
+
+_AUTO = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
 
 
 class ModelError(InputError):
@@ -39,7 +41,7 @@ class Base:
     """A frozen Transformers model with the modules that carry adapters.
 
     Attributes:
-        spec: the adapted modules and their shapes.
+        spec: what planning knows of the model, for examples of `tokens` positions.
         head: names of the dense parameters that are trained: all outside the backbone, and the `new` ones,
             which its checkpoint lacked.
         info: what an exported adapter's config says of the model.
@@ -47,7 +49,14 @@ class Base:
     """
 
     def __init__(
-        self, model: nn.Module, targets: str | Sequence[str], *, name: str, device: str = "cpu", new: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str],
+        *,
+        name: str,
+        device: str = "cpu",
+        new: Sequence[str] = (),
+        tokens: int = 0,
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(device)
         if getattr(model.config, "use_cache", False):
@@ -61,21 +70,19 @@ class Base:
         self.blocks = blocks = _blocks(model)
         chosen = resolve_targets(targets, linear, blocks)
         inside = {n: index for index, block in enumerate(blocks) for n in chosen if n.startswith(f"{block}.")}
-        self.linears = {n: _shape(self.modules[n]) for n in linear}
-        self.spec = ModelSpec({n: self.linears[n] for n in chosen}, inside)
+        shapes = {n: _shape(self.modules[n]) for n in linear}
+        named = dict(model.named_parameters())
+        self.spec = ModelSpec(
+            {n: shapes[n] for n in chosen},
+            inside,
+            head={n: named[n].numel() for n in self.head},
+            architecture=architecture(model, shapes, blocks, tokens),
+        )
         conv = any(isinstance(self.modules[n], Conv1D) for n in chosen)
         task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
         self._extra: dict[str, Any] = {}
-
-    def spec_for(self, tokens: int) -> ModelSpec:
-        """The spec with all that costs depend on, for examples of `tokens` positions."""
-        named = dict(self.model.named_parameters())
-        head = {name: named[name].numel() for name in self.head}
-        classes = int(self.model.config.num_labels)
-        made_of = architecture(self.model, self.linears, self.blocks, tokens=tokens, classes=classes)
-        return replace(self.spec, head=head, architecture=made_of)
 
     def initial_head(self) -> dict[str, Tensor]:
         """The head as it was loaded or initialised."""
@@ -173,6 +180,8 @@ def load_base(
     device: str = "cpu",
     dtype: str = "float32",
     image_size: int | None = None,
+    attention: str = "auto",
+    tokens: int = 0,
 ) -> Base:
     """Loads a classifier with a head for `classes`; a head the checkpoint does not have is drawn from `rng`.
 
@@ -185,23 +194,25 @@ def load_base(
         device: where to put the model.
         dtype: of the base: ``float32``, ``bfloat16``, or ``auto`` for the checkpoint's.
         image_size: pixels per side, where it is not the model's own (position embeddings are interpolated).
+        attention: ``eager``, ``sdpa``, or ``auto`` for the library's choice.
+        tokens: positions per text, for the cost model; an image's follow from its size.
 
     Raises:
         ModelError: if the model cannot be loaded or is not of this kind.
     """
-    auto = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}[kind]
     labels = dict(enumerate(classes))
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         try:
-            model, report = getattr(transformers, auto).from_pretrained(
+            model, report = getattr(transformers, _AUTO[kind]).from_pretrained(
                 name,
                 num_labels=len(labels),
                 id2label=labels,
                 label2id={text: index for index, text in labels.items()},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                dtype=_dtype(dtype),
+                **_attention(attention),
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.name: {name!r} cannot be loaded as a {kind} classifier: {error}") from None
@@ -211,10 +222,74 @@ def load_base(
         raise ModelError(f"model.name: {name!r} does not fit its own config: {misshapen[0]} has another shape")
     if kind == "text" and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = getattr(model.config, "eos_token_id", None) or 0
-    base = Base(model, targets, name=name, device=device, new=report["missing_keys"])
+    if kind == "image":
+        tokens = image_tokens(model.config, image_size)
+    base = Base(model, targets, name=name, device=device, new=report["missing_keys"], tokens=tokens)
     if image_size is not None and image_size != getattr(model.config, "image_size", image_size):
         base._extra["interpolate_pos_encoding"] = True
     return base
+
+
+def describe(
+    name: str | Any,
+    targets: str | Sequence[str],
+    *,
+    kind: str,
+    classes: int | None,
+    tokens: int,
+    dtype: str = "float32",
+    image_size: int | None = None,
+    attention: str = "auto",
+    quantize: Quantization | None = None,
+) -> ModelSpec:
+    """What planning knows of a model, from its config alone: no weights are downloaded, and none take memory.
+
+    Args:
+        name: hub name or folder, as `locate` returns it; a folder needs no more than a config.json. Or a config.
+        targets: see `polyrank.local.targets`.
+        kind: ``text`` or ``image``.
+        classes: outputs of the head; None: as the config says.
+        tokens: positions per text; an image's follow from its size.
+        dtype, image_size, attention: see `load_base`.
+        quantize: how the base will be loaded.
+
+    Raises:
+        ModelError: if there is no such config, or it is not one of this kind.
+    """
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
+            if classes is not None:
+                config.num_labels = classes
+            with torch.device("meta"):
+                model = getattr(transformers, _AUTO[kind]).from_config(
+                    config, dtype=_dtype(dtype, config), **_attention(attention)
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model.name: {name!r} cannot be loaded as a {kind} classifier: {error}") from None
+    if kind == "image":
+        tokens = image_tokens(config, image_size)
+    spec = Base(model, targets, name=str(name), device="meta", tokens=tokens).spec
+    assert spec.architecture is not None
+    return replace(spec, architecture=replace(spec.architecture, quantization=quantize))
+
+
+def image_tokens(config: Any, image_size: int | None) -> int:
+    """Positions per image: its patches and the tokens in front of them; 0 where the config does not say."""
+    size, patch = image_size or getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return 0
+    return (size // patch) ** 2 + (2 if config.model_type == "deit" else 1)
+
+
+def _dtype(dtype: str, config: Any = None) -> Any:
+    stated = getattr(config, "dtype", None) or torch.float32
+    return (stated if config is not None else dtype) if dtype == "auto" else getattr(torch, dtype)
+
+
+def _attention(attention: str) -> dict[str, str]:
+    return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 @dataclass(frozen=True)
@@ -269,18 +344,11 @@ def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:
     return ImageProcessor(int(size), channels, tuple(map(float, mean)), tuple(map(float, std)))
 
 
-def small_vit(
-    image_size: int,
-    patch_size: int,
-    hidden: int,
-    layers: int,
-    heads: int,
-    channels: int,
-    classes: int,
-    rng: np.random.Generator,
-) -> nn.Module:
-    """A small randomly initialised ViT classifier, for models that are trained on the spot."""
-    config = transformers.ViTConfig(
+def small_vit_config(
+    image_size: int, patch_size: int, hidden: int, layers: int, heads: int, channels: int, classes: int
+) -> Any:
+    """The config of a small ViT classifier, for models that are trained on the spot."""
+    return transformers.ViTConfig(
         image_size=image_size,
         patch_size=patch_size,
         hidden_size=hidden,
@@ -290,6 +358,10 @@ def small_vit(
         num_channels=channels,
         num_labels=classes,
     )
+
+
+def random_vit(config: Any, rng: np.random.Generator) -> nn.Module:
+    """A ViT classifier of this config with weights drawn from `rng`."""
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         return transformers.ViTForImageClassification(config)

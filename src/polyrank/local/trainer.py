@@ -19,6 +19,7 @@ from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.errors import TrainingError
 from polyrank.local.attach import Attachment, Batch
 from polyrank.local.hf import Base
+from polyrank.local.measure import Meter
 
 Indices = npt.NDArray[np.int64]
 
@@ -48,10 +49,12 @@ def train(base: Base, task: Task, client: Client, data: Examples, indices: Indic
         optimizer = _optimizer(parameters, local) if steps else None
         before = _tails(model, task.penalty)
         losses: list[float] = []
+        meter = Meter(base.model, base.device, model.tensors(), parameters)
         for step in steps:
             assert optimizer is not None
             optimizer.zero_grad()
-            losses.append(_backward(model, data, step, task, base.device))
+            with meter.forward():
+                losses.append(_backward(model, data, step, task, base.device))
             if not math.isfinite(losses[-1]):
                 raise _diverged(task, client, f"loss is {losses[-1]} in step {len(losses)}")
             if local.clip is not None:
@@ -63,7 +66,9 @@ def train(base: Base, task: Task, client: Client, data: Examples, indices: Indic
         if task.penalty is not None and task.penalty.prune and losses:
             adapter = _pruned(adapter, before, _tails(model, task.penalty), task.penalty)
     adapter = _with_frozen_factor(adapter, task)
-    metrics = {"loss": float(np.mean(losses)), "steps": float(len(losses))} if losses else {"steps": 0.0}
+    metrics = {"steps": float(len(losses))}
+    if losses:
+        metrics |= {"loss": float(np.mean(losses)), "memory": meter.peak(optimizer)}
     return Update(client, adapter, len(indices), task.factors, metrics)
 
 

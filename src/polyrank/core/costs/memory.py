@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from polyrank.core.architecture import Architecture, ModelSpec
 from polyrank.core.costs.families import FAMILIES
 from polyrank.core.costs.tape import Step, Tape, peak_bytes, saved_bytes
-from polyrank.core.lowrank import Factors
-from polyrank.core.types import LocalTraining
+from polyrank.core.lowrank import Factors, nbytes
+from polyrank.core.types import LocalTraining, Task
 
 # Bytes per element of a quantised linear layer: LLM.int8 (arXiv 2208.07339) keeps one float32 per row besides; NF4
 # (arXiv 2305.14314) half a byte and one float32 per 64 elements.
@@ -76,6 +76,14 @@ def memory(spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], fact
         working=working,
         overhead=spec.calibration.overhead,
     )
+
+
+def task_memory(spec: ModelSpec, task: Task) -> Memory:
+    """What a client needs for a task, with the layers that it only runs."""
+    ranks = {name: x.rank for name, x in task.adapter.layers.items()}
+    needed = memory(spec, task.local, ranks, task.factors)
+    carried = sum(nbytes(layer) for layer in task.frozen.layers.values())
+    return replace(needed, adapter=needed.adapter + carried)
 
 
 def architecture_of(spec: ModelSpec) -> Architecture:

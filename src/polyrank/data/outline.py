@@ -1,0 +1,70 @@
+"""What is known of a data set before it is read or downloaded: enough to plan with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet
+
+from polyrank.data.formats import kind_of
+from polyrank.data.source import DataError
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A data set from afar.
+
+    Attributes:
+        kind: ``text`` or ``image``.
+        classes: how many; None where only the data itself would tell.
+        examples: of the training split; None likewise.
+    """
+
+    kind: Literal["text", "image"]
+    classes: int | None = None
+    examples: int | None = None
+
+
+_KNOWN = {
+    "ag_news": Outline("text", 4, 120_000),
+    "banking77": Outline("text", 77, 10_003),
+    "cifar100": Outline("image", 100, 50_000),
+    "digits": Outline("image", 10, 718),
+    "ledgar": Outline("text", 100, 60_000),
+    "sst2": Outline("text", 2, 67_349),
+}
+
+
+def outline(name: str, options: Mapping[str, Any]) -> Outline:
+    """The outline of an entry of `DATASETS` with its options. Files are looked at where they are present.
+
+    Args:
+        name: the entry.
+        options: its options, as a configuration gives them.
+    """
+    if name in _KNOWN:
+        return _KNOWN[name]
+    kind: Literal["text", "image"] = "image" if options.get("image") else "text"
+    return Outline(kind, _classes(options.get("classes")), _rows(options.get("train")))
+
+
+def _classes(given: Path | list[str] | None) -> int | None:
+    if isinstance(given, list):
+        return len(given)
+    try:
+        return len(json.loads(given.read_text())) if given is not None else None
+    except (OSError, ValueError):
+        return None  # loading the data will say what is wrong with it
+
+
+def _rows(path: Any) -> int | None:
+    try:
+        if isinstance(path, Path) and kind_of(path) == "parquet":
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (DataError, pyarrow.ArrowException, OSError):
+        pass
+    return None

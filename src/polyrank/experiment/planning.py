@@ -1,0 +1,142 @@
+"""What can be known before anything is downloaded: the model's costs, each group's budget, the server's rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from polyrank.core.architecture import Calibration, ModelSpec
+from polyrank.core.costs import NoFormulaError
+from polyrank.core.method import Method
+from polyrank.core.types import Budget, ClientProfile
+from polyrank.data import outline
+from polyrank.experiment.components import Strict, parameters
+from polyrank.experiment.config import ConfigError, Experiment, Group
+from polyrank.experiment.tables import DATASETS
+from polyrank.local import hf
+from polyrank.local.digits_base import digits_config, digits_vit
+from polyrank.local.measure import device_memory
+
+BUILT_IN_MODELS = {"digits-vit": (digits_config, digits_vit)}
+"""Models that polyrank makes itself, by name: their config, and the folder of their weights."""
+
+
+class CalibrationFile(Strict):
+    """What ``polyrank profile`` writes; keys beside these say where it comes from."""
+
+    overhead: float
+    scale: float = 1.0
+    constant: float | None = None
+    per_rank: float | None = None
+    measured: dict[str, Any] = Field(default_factory=dict)
+
+
+def describe(experiment: Experiment, method: Method) -> ModelSpec:
+    """The model's spec from its config alone, with the head's part in the traffic and what was calibrated."""
+    config = experiment.model
+    options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
+    data = outline(experiment.data.name, options)
+    made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
+    spec = hf.describe(
+        made() if made else hf.locate(config.name),
+        config.targets,
+        kind=data.kind,
+        classes=data.classes,
+        tokens=config.max_length,
+        dtype=config.dtype,
+        image_size=config.image_size,
+        attention=config.attention,
+        quantize=config.quantize,
+    )
+    return completed(spec, experiment, method)
+
+
+def completed(spec: ModelSpec, experiment: Experiment, method: Method) -> ModelSpec:
+    """A spec with what the experiment says beside the model."""
+    trained = experiment.model.head == "train" and method.dense != "freeze"
+    return replace(spec, head_trained=trained, calibration=calibration(experiment))
+
+
+def calibration(experiment: Experiment) -> Calibration:
+    """What was measured, and the overhead that the file states.
+
+    Raises:
+        ConfigError: if the calibration cannot be read.
+    """
+    path, found = experiment.costs.calibration, Calibration()
+    if path is not None:
+        try:
+            read = CalibrationFile.model_validate_json(path.read_text())
+        except (OSError, ValidationError) as error:
+            raise ConfigError(f"costs.calibration: {path}: not a calibration of `polyrank profile`: {error}") from None
+        found = Calibration(read.overhead, read.scale, read.constant, read.per_rank)
+    overhead = experiment.costs.overhead
+    return found if overhead is None else replace(found, overhead=overhead)
+
+
+def profile_of(group: Group, examples: int = 1) -> ClientProfile:
+    """What a client of the group reports."""
+    memory = group.memory
+    return ClientProfile(
+        examples, group.rank, free_memory() if memory == "detect" else memory, group.uplink, group.downlink, group.flops
+    )
+
+
+def free_memory() -> float:
+    """Bytes that training may use on this machine: of the GPU if there is one, of main memory otherwise."""
+    return float(device_memory().free)
+
+
+def check_stated_ranks(experiment: Experiment) -> None:
+    """Refuses a group's rank above the server's.
+
+    Raises:
+        ConfigError: naming the group.
+    """
+    rank = experiment.model.rank
+    for index, group in enumerate(experiment.fleet):
+        if rank is not None and group.rank is not None and group.rank > rank:
+            raise ConfigError(f"fleet.{index}.rank: {group.rank} exceeds model.rank, {rank}")
+
+
+def group_budgets(experiment: Experiment, method: Method, spec: ModelSpec) -> list[Budget]:
+    """What a client of each device group can afford.
+
+    Raises:
+        ConfigError: if an estimator lacks something, or a stated rank exceeds the server's.
+    """
+    probes = {f"fleet.{index:04d}": profile_of(group) for index, group in enumerate(experiment.fleet)}
+    try:
+        budgets = list(method.estimate(probes, spec, experiment.local_training()).values())
+    except NoFormulaError as error:
+        raise ConfigError(
+            f"model.name: {experiment.model.name}: {error}; measure them with `polyrank profile` and name the file it "
+            "writes under costs.calibration"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return budgets
+
+
+def server_rank(experiment: Experiment, budgets: list[Budget]) -> int:
+    """The server's rank per module: as configured, or the largest in the fleet.
+
+    Raises:
+        ConfigError: if nobody can afford a rank, or a stated one exceeds the configured one.
+    """
+    largest = max(budget.rank for budget in budgets)
+    given = experiment.model.rank or largest
+    stated = max((budget.rank for budget in budgets if budget.limit == "stated"), default=0)
+    if stated > given:
+        raise ConfigError(f"method.estimate: gives a rank of {stated}, above model.rank, {given}")
+    if not largest:
+        raise ConfigError("fleet: no client can afford rank 1. " + "; ".join(map(helps, budgets)))
+    return given
+
+
+def helps(budget: Budget) -> str:
+    """What would let a client that can afford nothing take part."""
+    advice = [f"{limit.name}: {', or '.join(limit.advice)}" for limit in budget.limits if limit.advice]
+    return "it would take " + "; ".join(advice) if advice else f"limit: {budget.limit}"
