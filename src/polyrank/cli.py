@@ -1,4 +1,4 @@
-"""The command line: ``polyrank run``, ``resume``, ``evaluate``, ``merge``, ``data``, ``list``, ``schema``."""
+"""The command line, ``polyrank``: one function a command."""
 
 from __future__ import annotations
 
@@ -173,6 +173,67 @@ def evaluate(
             out.print(
                 f"{split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} ({adapter})", highlight=False
             )
+
+
+@app.command()
+def plan(
+    file: Annotated[Path | None, typer.Argument(help="An experiment; the embedded digits one if left out.")] = None,
+    set_: Set = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Plan for this machine alone, with the memory that is free on it.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Also draw budgets and memory into this PNG.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show what each client can afford and why, and what a round costs it. Nothing is downloaded but a config."""
+    with _mistakes():
+        from polyrank.experiment.forecast import forecast
+        from polyrank.experiment.loading import load
+        from polyrank.report.figures import plan_figure
+        from polyrank.report.plan import plan_report
+
+        path = file or embedded("digits.yaml")
+        alone = ["fleet=[{name: this machine, memory: detect}]", "method.estimate=least"] if here else []
+        planned = forecast(load(path, [*alone, *(set_ or [])]))
+        if png is not None:
+            plan_figure(png, planned, path.stem)
+        if json_:
+            print(json.dumps(planned))
+            return
+        for part in plan_report(planned):
+            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        if png is not None:
+            out.print(f"picture: {png}", highlight=False)
+
+
+@app.command()
+def profile(
+    file: Annotated[Path | None, typer.Argument(help="An experiment; the embedded digits one if left out.")] = None,
+    set_: Set = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks to measure, for example 4,8,16.")] = None,
+    path: Annotated[Path | None, typer.Option("--out", help="Also write the calibration to this file.")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure training steps on this device, print predicted against measured memory, write a calibration."""
+    with _mistakes():
+        from polyrank.experiment.calibrate import calibrate
+        from polyrank.experiment.loading import load
+        from polyrank.files import write_json
+        from polyrank.report.plan import profile_report
+
+        if path is not None and path.exists():
+            raise FileExistsError(f"{path}: exists already; choose another --out")
+        chosen = [int(rank) for rank in _numbers("--ranks", ranks, None, least=1, whole=True) or []]
+        measured = calibrate(load(file or embedded("digits.yaml"), set_), chosen)
+        if path is not None:
+            write_json(path, measured)
+        if json_:
+            print(json.dumps(measured))
+            return
+        for part in profile_report(measured):
+            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        if path is not None:
+            out.print(f"calibration: {path}; plans use it with --set costs.calibration={path}", highlight=False)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from polyrank.core.lowrank import Adapter, LowRank, combine, delta, zeros
 from polyrank.core.rng import stream
 from polyrank.local import attach, hf
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter, write_adapter
+from polyrank.local.base import Base
 from polyrank.local.targets import TargetError
 
 FAMILIES = ["bert", "bloom", "gpt2", "llama", "vit"]
@@ -30,8 +31,8 @@ Batches = Callable[[str], dict[str, Tensor]]
 Adapters = Callable[..., Adapter]
 
 
-def base_of(model: nn.Module, targets: str | list[str] = "all-linear") -> hf.Base:
-    return hf.Base(model, targets, name="tiny")
+def base_of(model: nn.Module, targets: str | list[str] = "all-linear") -> Base:
+    return Base(model, targets, name="tiny")
 
 
 def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -39,7 +40,7 @@ def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
 
 
-def run(base: hf.Base, batch: dict[str, Tensor], adapter: Adapter, frozen: Adapter | None = None) -> Tensor:
+def run(base: Base, batch: dict[str, Tensor], adapter: Adapter, frozen: Adapter | None = None) -> Tensor:
     with base.attached(adapter, frozen) as live, torch.no_grad():
         return live(batch)
 
@@ -281,7 +282,7 @@ def headless(tmp_path: Path, tiny_model: Models) -> str:
     return str(tmp_path / "model")
 
 
-def load(name: str, seed: int = 0, kind: str = "text", classes: tuple[str, ...] = ("a", "b", "c")) -> hf.Base:
+def load(name: str, seed: int = 0, kind: str = "text", classes: tuple[str, ...] = ("a", "b", "c")) -> Base:
     return hf.load_base(name, "attention", kind=kind, classes=classes, rng=stream(seed, "head"))
 
 

@@ -18,7 +18,7 @@ from polyrank.core.types import ClientProfile, LocalTraining, ServerState, TailP
 from polyrank.data import TextSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.errors import TrainingError
-from polyrank.local.hf import Base
+from polyrank.local.base import Base
 from polyrank.local.trainer import evaluate, train
 from polyrank.methods import METHODS
 

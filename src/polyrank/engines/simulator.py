@@ -9,7 +9,7 @@ from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import round_seconds
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile, Task, Update
-from polyrank.local.hf import Base
+from polyrank.local.base import Base
 from polyrank.local.trainer import Examples, Indices, train
 
 Clock = Callable[[ClientProfile, ModelSpec, Task, Update], float | None]

@@ -36,6 +36,7 @@ from polyrank.experiment.planning import (
 from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.local import hf
 from polyrank.local.adapters import AdapterError, read_adapter
+from polyrank.local.base import Base
 
 Split = TextSplit | ImageSplit
 
@@ -54,7 +55,7 @@ class World:
         start: the first state.
     """
 
-    base: hf.Base
+    base: Base
     spec: ModelSpec
     rank: int
     simulator: Simulator
@@ -69,7 +70,7 @@ def on_this_machine(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"device": pick_device(experiment.device), "threads": threads})
 
 
-def load_base(experiment: Experiment, dataset: Dataset) -> tuple[hf.Base, dict[str, Split]]:
+def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str, Split]]:
     """The frozen model with a head for the data's classes, and the three splits prepared for it."""
     config = experiment.model
     if config.quantize is not None:
@@ -133,7 +134,7 @@ def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
             raise ConfigError(f"model.rank: {rank} exceeds the smaller dimension of {name} ({shape[0]} x {shape[1]})")
 
 
-def first_state(experiment: Experiment, base: hf.Base, rank: int) -> ServerState:
+def first_state(experiment: Experiment, base: Base, rank: int) -> ServerState:
     """Round 0: fresh low-rank layers (or an adapter to start from), and the head."""
     scale = (experiment.model.alpha or rank) / rank
     rng = stream(experiment.seed, "adapter")

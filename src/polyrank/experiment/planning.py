@@ -16,6 +16,7 @@ from polyrank.experiment.components import Strict, parameters
 from polyrank.experiment.config import ConfigError, Experiment, Group
 from polyrank.experiment.tables import DATASETS
 from polyrank.local import hf
+from polyrank.local.base import Base
 from polyrank.local.digits_base import digits_config, digits_vit
 from polyrank.local.measure import device_memory
 
@@ -35,22 +36,32 @@ class CalibrationFile(Strict):
 
 def describe(experiment: Experiment, method: Method) -> ModelSpec:
     """The model's spec from its config alone, with the head's part in the traffic and what was calibrated."""
+    spec = completed(_from_config(experiment, "meta").spec, experiment, method)
+    assert spec.architecture is not None
+    return replace(spec, architecture=replace(spec.architecture, quantization=experiment.model.quantize))
+
+
+def load_random(experiment: Experiment, device: str) -> Base:
+    """The experiment's model with random weights: its costs are those of the real one."""
+    return _from_config(experiment, device)
+
+
+def _from_config(experiment: Experiment, device: str) -> Base:
     config = experiment.model
     options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
     data = outline(experiment.data.name, options)
     made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
-    spec = hf.describe(
+    return hf.base_from_config(
         made() if made else hf.locate(config.name),
         config.targets,
         kind=data.kind,
         classes=data.classes,
         tokens=config.max_length,
+        device=device,
         dtype=config.dtype,
         image_size=config.image_size,
         attention=config.attention,
-        quantize=config.quantize,
     )
-    return completed(spec, experiment, method)
 
 
 def completed(spec: ModelSpec, experiment: Experiment, method: Method) -> ModelSpec:

@@ -50,11 +50,15 @@ def share_data(experiment: Experiment) -> Shares:
     return Shares(dataset, partition, tuple(names))
 
 
+def group_sizes(fleet: list[Group], clients: int) -> list[int]:
+    """Clients of each device group; the last group takes what rounding leaves."""
+    sizes = [int(clients * group.share + 1e-9) for group in fleet[:-1]]
+    return [*sizes, clients - sum(sizes)]
+
+
 def fleet_profiles(fleet: list[Group], shares: Shares) -> dict[Client, ClientProfile]:
-    """A profile per client: clients are numbered group by group, the last group takes what rounding leaves."""
-    count = len(shares.clients)
-    sizes = [int(count * group.share + 1e-9) for group in fleet[:-1]]
-    groups = np.repeat(np.arange(len(fleet)), [*sizes, count - sum(sizes)])
+    """A profile per client; clients are numbered group by group."""
+    groups = np.repeat(np.arange(len(fleet)), group_sizes(fleet, len(shares.clients)))
     examples = shares.partition.sizes
     reports = [profile_of(group) for group in fleet]
     return {

@@ -1,16 +1,12 @@
-"""The only file that knows Transformers and PEFT: a frozen base model, its tokenizer and its pixels.
-
-One base stays in memory however many clients there are. Adapters are attached to it (`polyrank.local.attach`) at each
-client's own ranks; trained dense parameters (the head) are passed to each call instead of being written into it.
-"""
+"""The only file that knows Transformers and PEFT: base models, tokenizers, image sizes, exported adapters."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,132 +15,16 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
-from polyrank.core.architecture import ModelSpec, Quantization
-from polyrank.core.lowrank import Adapter, Factors
 from polyrank.errors import InputError
-from polyrank.local.adapters import AdapterInfo
-from polyrank.local.attach import Attachment, Batch, attached
-from polyrank.local.describe import architecture
-from polyrank.local.targets import resolve_targets
+from polyrank.local.attach import Batch
+from polyrank.local.base import Base, backbone_of
 
 _AUTO = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
 
 
 class ModelError(InputError):
     """A model cannot be found, loaded, or used for the task."""
-
-
-class Base:
-    """A frozen Transformers model with the modules that carry adapters.
-
-    Attributes:
-        spec: what planning knows of the model, for examples of `tokens` positions.
-        head: names of the dense parameters that are trained: all outside the backbone, and the `new` ones,
-            which its checkpoint lacked.
-        info: what an exported adapter's config says of the model.
-        device: where it runs.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: str | Sequence[str],
-        *,
-        name: str,
-        device: str = "cpu",
-        new: Sequence[str] = (),
-        tokens: int = 0,
-    ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
-        if getattr(model.config, "use_cache", False):
-            model.config.use_cache = False  # nothing here generates; a cache would only copy keys and values
-        self.device = torch.device(device)
-        self.modules = dict(model.named_modules())
-        backbone = _backbone(model)
-        self.head = tuple(n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
-        linear = [n for n, m in self.modules.items() if isinstance(m, nn.Linear | Conv1D)]
-        linear = [n for n in linear if n.startswith(backbone) and f"{n}.weight" not in self.head]
-        self.blocks = blocks = _blocks(model)
-        chosen = resolve_targets(targets, linear, blocks)
-        inside = {n: index for index, block in enumerate(blocks) for n in chosen if n.startswith(f"{block}.")}
-        shapes = {n: _shape(self.modules[n]) for n in linear}
-        named = dict(model.named_parameters())
-        self.spec = ModelSpec(
-            {n: shapes[n] for n in chosen},
-            inside,
-            head={n: named[n].numel() for n in self.head},
-            architecture=architecture(model, shapes, blocks, tokens),
-        )
-        conv = any(isinstance(self.modules[n], Conv1D) for n in chosen)
-        task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
-        saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
-        self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
-        self._extra: dict[str, Any] = {}
-
-    def initial_head(self) -> dict[str, Tensor]:
-        """The head as it was loaded or initialised."""
-        named = dict(self.model.named_parameters())
-        return {name: named[name].detach().cpu().float().clone() for name in self.head}
-
-    def attached(
-        self,
-        adapter: Adapter,
-        frozen: Adapter | None = None,
-        factors: Factors | None = None,
-        dropout: float = 0.0,
-        rng: np.random.Generator | None = None,
-        checkpointing: bool = False,
-    ) -> AbstractContextManager[Attachment]:
-        """The base with `adapter` in training and `frozen` beside it, until the context ends.
-
-        Args:
-            adapter: layers at any ranks and dense parameters; their tensors are copied, never written to.
-            frozen: layers that only run, and dense parameters that replace the base's.
-            factors: the factors that need gradients, with the dense parameters; None: nothing does.
-            dropout: probability that an input element of A is dropped.
-            rng: draws the dropout masks.
-            checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
-        """
-        lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapter.layers), default=0)
-        again = [self.modules[name] for name in self.blocks[lowest:]] if checkpointing and factors else []
-        return attached(
-            self.modules, self._logits, self.device, adapter, frozen or Adapter(), factors, dropout, rng, again
-        )
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the model is called with: the batch without its labels, on the model's device."""
-        tensors = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
-        return {**tensors, **self._extra}
-
-    def _logits(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
-        call = self.inputs(batch)
-        if not dense:
-            return self.model(**call).logits
-        return functional_call(self.model, dict(dense), (), call, tie_weights=False).logits
-
-
-def _backbone(model: nn.Module) -> str:
-    """The prefix of the backbone's names (``bert.``), or nothing where the model is its own backbone."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the transformer blocks: the members of every list of modules that hold linear layers."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    members = {f"{name}.{index}": member for name, module in lists for index, member in enumerate(module)}
-    return [name for name, m in members.items() if any(isinstance(x, nn.Linear | Conv1D) for x in m.modules())]
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        d_in, d_out = module.weight.shape
-    else:
-        d_out, d_in = module.out_features, module.in_features
-    return int(d_out), int(d_in)
 
 
 def locate(name: str) -> str:
@@ -216,33 +96,31 @@ def load_base(
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.name: {name!r} cannot be loaded as a {kind} classifier: {error}") from None
-    prefix = _backbone(model)
+    prefix = backbone_of(model)
     misshapen = [entry[0] for entry in report["mismatched_keys"] if entry[0].startswith(prefix)]
     if misshapen:
         raise ModelError(f"model.name: {name!r} does not fit its own config: {misshapen[0]} has another shape")
-    if kind == "text" and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = getattr(model.config, "eos_token_id", None) or 0
     if kind == "image":
         tokens = image_tokens(model.config, image_size)
+    model = _with_padding(model) if kind == "text" else model
     base = Base(model, targets, name=name, device=device, new=report["missing_keys"], tokens=tokens)
-    if image_size is not None and image_size != getattr(model.config, "image_size", image_size):
-        base._extra["interpolate_pos_encoding"] = True
+    base.interpolates(image_size)
     return base
 
 
-def describe(
+def base_from_config(
     name: str | Any,
     targets: str | Sequence[str],
     *,
     kind: str,
     classes: int | None,
     tokens: int,
+    device: str,
     dtype: str = "float32",
     image_size: int | None = None,
     attention: str = "auto",
-    quantize: Quantization | None = None,
-) -> ModelSpec:
-    """What planning knows of a model, from its config alone: no weights are downloaded, and none take memory.
+) -> Base:
+    """A classifier from its config alone: on the ``meta`` device without weights, elsewhere with random ones.
 
     Args:
         name: hub name or folder, as `locate` returns it; a folder needs no more than a config.json. Or a config.
@@ -250,19 +128,19 @@ def describe(
         kind: ``text`` or ``image``.
         classes: outputs of the head; None: as the config says.
         tokens: positions per text; an image's follow from its size.
+        device: where to put the model.
         dtype, image_size, attention: see `load_base`.
-        quantize: how the base will be loaded.
 
     Raises:
         ModelError: if there is no such config, or it is not one of this kind.
     """
-    with _quiet(), warnings.catch_warnings():
+    with _quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
             if classes is not None:
                 config.num_labels = classes
-            with torch.device("meta"):
+            with torch.device(device):
                 model = getattr(transformers, _AUTO[kind]).from_config(
                     config, dtype=_dtype(dtype, config), **_attention(attention)
                 )
@@ -270,9 +148,17 @@ def describe(
             raise ModelError(f"model.name: {name!r} cannot be loaded as a {kind} classifier: {error}") from None
     if kind == "image":
         tokens = image_tokens(config, image_size)
-    spec = Base(model, targets, name=str(name), device="meta", tokens=tokens).spec
-    assert spec.architecture is not None
-    return replace(spec, architecture=replace(spec.architecture, quantization=quantize))
+    base = Base(_with_padding(model), targets, name=str(name), device=device, tokens=tokens)
+    base.interpolates(image_size)
+    return base
+
+
+def _with_padding(model: nn.Module) -> nn.Module:
+    """Decoders need to know which token pads a text; the end of the text does, where nothing else is said."""
+    config = model.config
+    if hasattr(config, "vocab_size") and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = getattr(config, "eos_token_id", None) or 0
+    return model
 
 
 def image_tokens(config: Any, image_size: int | None) -> int:

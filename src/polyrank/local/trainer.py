@@ -18,7 +18,7 @@ from polyrank.core.rng import stream
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.errors import TrainingError
 from polyrank.local.attach import Attachment, Batch
-from polyrank.local.hf import Base
+from polyrank.local.base import Base
 from polyrank.local.measure import Meter
 
 Indices = npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ def train(base: Base, task: Task, client: Client, data: Examples, indices: Indic
     with base.attached(task.adapter, task.frozen, task.factors, dropout, rng, again) as model:
         parameters = model.parameters()
         steps = list(_steps(indices, local, rng)) if parameters else []
-        optimizer = _optimizer(parameters, local) if steps else None
+        optimizer = optimizer_of(parameters, local) if steps else None
         before = _tails(model, task.penalty)
         losses: list[float] = []
         meter = Meter(base.model, base.device, model.tensors(), parameters)
@@ -118,7 +118,7 @@ def _backward(model: Attachment, data: Examples, step: list[Indices], task: Task
     count, total = sum(len(chosen) for chosen in step), 0.0
     for chosen in step:
         batch = data.batch(chosen)
-        with _autocast(task.local, device):
+        with autocast(task.local, device):
             logits = model(batch)
         loss = F.cross_entropy(logits.float(), batch["labels"].to(device)) * (len(chosen) / count)
         total += float(loss.detach())
@@ -130,13 +130,15 @@ def _backward(model: Attachment, data: Examples, step: list[Indices], task: Task
     return total
 
 
-def _optimizer(parameters: list[Tensor], local: LocalTraining) -> torch.optim.Optimizer:
+def optimizer_of(parameters: list[Tensor], local: LocalTraining) -> torch.optim.Optimizer:
+    """The optimizer of a client's round."""
     if local.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
 
 
-def _autocast(local: LocalTraining, device: torch.device) -> AbstractContextManager[object]:
+def autocast(local: LocalTraining, device: torch.device) -> AbstractContextManager[object]:
+    """The precision of a client's forward pass."""
     wanted = local.precision == "bf16" or (
         local.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 
 def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: list[str], title: str) -> None:
@@ -20,14 +25,8 @@ def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: 
     Raises:
         ImportError: naming the extra to install, if matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("figures need one more package: pip install matplotlib (the extra 'report')") from None
     rows, columns = counts.shape
-    figure = Figure(figsize=(min(3.5 + 0.32 * columns, 22), min(1.8 + 0.26 * rows, 24)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(min(3.5 + 0.32 * columns, 22), min(1.8 + 0.26 * rows, 24))
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="viridis", aspect="auto", interpolation="nearest")
     axes.set_title(title)
@@ -41,6 +40,92 @@ def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: 
                 color = "black" if value > middle else "white"
                 axes.text(column, row, str(value), ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, label="examples")
+    _save(figure, path)
+
+
+def plan_figure(path: Path, planned: Mapping[str, Any], title: str) -> None:
+    """What ``polyrank plan`` knows as a PNG: budget against memory and links, and each group's memory by part.
+
+    Args:
+        path: the file to write.
+        planned: a forecast.
+        title: above the picture.
+
+    Raises:
+        ImportError: naming the extra to install, if matplotlib is missing.
+    """
+    figure = _figure(15, 4.6)
+    by_memory, by_link, parts = figure.subplots(1, 3)
+    figure.suptitle(title)
+    groups, curves = planned["groups"], planned["curves"]
+    colors = {group["name"]: _COLORS[index % len(_COLORS)] for index, group in enumerate(groups)}
+    most = max((group["memory"] or 0 for group in groups), default=0)
+    plateau = [[most, curves["memory"][-1][1]]] if curves["memory"] and most > curves["memory"][-1][0] else []
+    _steps(by_memory, [*curves["memory"], *plateau], 2**30, "largest rank that fits", "#444444")
+    for group in groups:
+        if group["memory"] is not None:
+            _mark(by_memory, group["memory"] / 2**30, group, colors)
+    by_memory.set_xlabel("memory, GiB")
+    by_memory.set_ylabel("rank budget (sum over modules)")
+    for name, style in (("upload", "-"), ("download", ":")):
+        _steps(by_link, curves[name], 1e6, f"{name} in one second", "#444444", style)
+    for group in groups:
+        if group["uplink"] is not None:
+            _mark(by_link, group["uplink"] / 1e6, group, colors)
+    by_link.set_xlabel("link, Mbit/s")
+    fastest = max((group["uplink"] or 0 for group in groups), default=0) / 1e6
+    if fastest:
+        by_link.set_xlim(0, 8 * fastest)
+        inside = [budget for need, budget in curves["upload"] if need / 1e6 <= 8 * fastest]
+        by_link.set_ylim(0, 1.1 * max([*inside, *(group["budget"] for group in groups)], default=1) + 1)
+    for axes, place in ((by_memory, "center right"), (by_link, "upper left")):
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, loc=place)
+    _stacked_memory(parts, groups)
+    _save(figure, path)
+
+
+def _stacked_memory(axes, groups) -> None:
+    shown = [group for group in groups if group["peak"] is not None]
+    bottom = np.zeros(len(shown))
+    for index, part in enumerate(shown[0]["peak"] if shown else ()):
+        heights = np.array([group["peak"][part] / 2**20 for group in shown])
+        axes.bar(range(len(shown)), heights, 0.6, bottom=bottom, label=part, color=_COLORS[index % len(_COLORS)])
+        bottom += heights
+    for place, group in enumerate(shown):
+        if group["memory"] is not None:
+            axes.hlines(group["memory"] / 2**20, place - 0.36, place + 0.36, color="#444444", linestyle="--")
+    axes.set_xticks(range(len(shown)), [group["name"] for group in shown])
+    axes.set_ylabel("peak memory, MiB (dashed: what it has)")
+    axes.margins(x=0.1, y=0.15)
+    if shown:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="upper left")
+
+
+def _steps(axes, steps, unit: float, label: str, color: str, style: str = "-") -> None:
+    if steps:
+        needs, budgets = zip(*steps, strict=True)
+        axes.step(np.array(needs) / unit, budgets, where="post", label=label, color=color, linestyle=style)
+
+
+def _mark(axes, x: float, group, colors) -> None:
+    label = f"{group['name']}: {group['budget']} ({group['limit']})"
+    axes.plot([x], [group["budget"]], "o", color=colors[group["name"]], label=label)
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("figures need one more package: pip install matplotlib (the extra 'report')") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

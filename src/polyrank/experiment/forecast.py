@@ -1,0 +1,199 @@
+"""What a run will cost, as plain values: ``polyrank plan`` prints and draws them. Nothing is downloaded or trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyrank.core.architecture import ModelSpec
+from polyrank.core.costs import NoFormulaError, download_bytes, memory, round_seconds, task_memory, upload_bytes
+from polyrank.core.federate import plan
+from polyrank.core.lowrank import Adapter, Factors, LowRank, nbytes
+from polyrank.core.method import Method
+from polyrank.core.types import Budget, ClientProfile, ServerState, Task
+from polyrank.data import outline
+from polyrank.experiment.components import parameters
+from polyrank.experiment.config import Experiment
+from polyrank.experiment.planning import describe, group_budgets, profile_of, server_rank
+from polyrank.experiment.shares import group_sizes
+from polyrank.experiment.tables import DATASETS
+
+
+def forecast(experiment: Experiment) -> dict[str, Any]:
+    """The plan of an experiment.
+
+    Returns:
+        ``model`` (what costs are computed from), ``server_rank``, ``groups`` (one object a device group: its budget
+        and the limits behind it, its first ranks by layer, memory by part, traffic and seconds by what is trained),
+        ``curves`` (budget against memory and link speed), ``notes`` and ``seconds`` (that planning took).
+    """
+    started = time.perf_counter()
+    method = experiment.build_method()
+    spec = describe(experiment, method)
+    budgets = group_budgets(experiment, method, spec)
+    rank = server_rank(experiment, budgets)
+    examples, notes = _examples(experiment)
+    names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
+    sizes = group_sizes(experiment.fleet, experiment.data.clients) if experiment.data.clients else [None] * len(names)
+    profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
+    keys = [f"{index:06d}" for index in range(len(names))]
+    phases = _phases(experiment, method, spec, rank, dict(zip(keys, budgets, strict=True)))
+    groups = [
+        {
+            "name": name,
+            "share": group.share,
+            "clients": size,
+            "memory": profile.memory,
+            "uplink": profile.uplink,
+            "downlink": profile.downlink,
+            "flops": profile.flops,
+            **_budget(budget, rank),
+            **_tasks(key, phases, spec, profile, timed=bool(examples)),
+        }
+        for key, name, size, group, profile, budget in zip(
+            keys, names, sizes, experiment.fleet, profiles, budgets, strict=True
+        )
+    ]
+    return {
+        "model": _model(experiment, spec),
+        "method": experiment.method.name,
+        "server_rank": rank,
+        "groups": groups,
+        "curves": _curves(experiment, spec),
+        "notes": notes + _warnings(groups),
+        "seconds": round(time.perf_counter() - started, 4),
+    }
+
+
+def _model(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
+    model = spec.architecture
+    assert model is not None
+    return {
+        "name": experiment.model.name,
+        "family": model.family or None,
+        "parameters": model.parameters,
+        "adapted_modules": len(spec.modules),
+        "blocks": len(model.blocks),
+        "tokens": model.tokens,
+        "batch": experiment.local.batch,
+        "attention": model.attention,
+        "head_parameters": sum(spec.head.values()),
+        "head_trained": spec.head_trained,
+    }
+
+
+def _examples(experiment: Experiment) -> tuple[int | None, list[str]]:
+    """Training examples of an average client, as far as they are known without the data."""
+    options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
+    known, clients = outline(experiment.data.name, options).examples, experiment.data.clients
+    if known is None or clients is None:
+        return None, ["the data was not looked at: seconds are those of messages alone"]
+    limit = experiment.data.limit.get("train")
+    return max(min(known, limit or known) // clients, 1), []
+
+
+def _phases(
+    experiment: Experiment, method: Method, spec: ModelSpec, rank: int, budgets: Mapping[str, Budget]
+) -> list[tuple[int, Factors, dict[str, Task]]]:
+    """For each choice of factors the method makes: the first round with it, and its tasks. Tensors have no content."""
+    scale = (experiment.model.alpha or rank) / rank
+    layers = {
+        name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
+        for name, (d_out, d_in) in spec.modules.items()
+    }
+    head = {name: torch.empty(count, device="meta") for name, count in spec.head.items()}
+    state = ServerState(0, Adapter(layers, head))
+    if not spec.head_trained:
+        state = ServerState(0, Adapter(layers), Adapter({}, head))
+    local, seen, phases = experiment.local_training(), set(), []
+    for round_ in range(experiment.rounds):
+        factors = method.factors(round_)
+        if factors not in seen:
+            seen.add(factors)
+            now = replace(state, round=round_)
+            tasks = plan(method, now, budgets, list(budgets), spec, local, experiment.seed)
+            phases.append((round_, factors, tasks))
+    return phases
+
+
+def _budget(budget: Budget, server: int) -> dict[str, Any]:
+    return {
+        "budget": budget.total,
+        "rank": budget.rank,
+        "limit": budget.limit if budget.rank <= server else "server rank",
+        "limits": [asdict(limit) for limit in budget.limits],
+    }
+
+
+def _tasks(
+    key: str,
+    phases: list[tuple[int, Factors, dict[str, Task]]],
+    spec: ModelSpec,
+    profile: ClientProfile,
+    *,
+    timed: bool,
+) -> dict[str, Any]:
+    """What a group's client gets and sends, by what is trained."""
+    first = phases[0][2].get(key)
+    if first is None:
+        return {"ranks": {}, "peak": None, "peak_memory": None, "traffic": []}
+    traffic = []
+    for round_, factors, tasks in phases:
+        task = tasks[key]
+        up, down = nbytes(task.adapter, factors), task.nbytes
+        ranks = {name: x.rank for name, x in task.adapter.layers.items()}
+        seconds = round_seconds(
+            profile if timed else replace(profile, flops=None), spec, task.local, ranks, factors, down, up
+        )
+        traffic.append(
+            {"round": round_, "factors": factors, "bytes_down": down, "bytes_up": up, "seconds": asdict(seconds)}
+        )
+    try:
+        worst = max((task_memory(spec, tasks[key]) for _, _, tasks in phases), key=lambda parts: parts.total)
+        parts, peak = asdict(worst), worst.total
+    except NoFormulaError:
+        parts, peak = None, None
+    ranks = {name: x.rank for name, x in first.adapter.layers.items()}
+    return {"ranks": ranks, "peak": parts, "peak_memory": peak, "traffic": traffic}
+
+
+def _warnings(groups: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for group in groups:
+        for limit in group["limits"]:
+            if limit["advice"]:
+                found.append(f"{group['name']}: not even rank 1 fits its {limit['name']}; would help: "
+                             + ", or ".join(limit["advice"]))  # fmt: skip
+        if group["memory"] and group["peak_memory"] and group["peak_memory"] > group["memory"]:
+            found.append(
+                f"{group['name']}: needs {group['peak_memory'] / 2**20:,.0f} MiB at its peak, "
+                f"more than its {group['memory'] / 2**20:,.0f} MiB"
+            )
+    return found
+
+
+def _curves(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
+    """Budgets as steps: ``[what a rank needs, its budget]`` for memory in bytes and for links in bit/s (in one second).
+
+    A client's budget is that of the last step at or below what it has.
+    """
+    local, modules = experiment.local_training(), len(spec.modules)
+    ranks = sorted({*range(1, min(64, spec.full_rank)), *np.linspace(1, spec.full_rank, 64).astype(int).tolist()})
+
+    def steps(cost: Any) -> list[list[float]]:
+        return [[float(cost(dict.fromkeys(spec.modules, rank))), float(rank * modules)] for rank in ranks]
+
+    curves: dict[str, Any] = {
+        "upload": steps(lambda r: 8 * upload_bytes(spec, r)),
+        "download": steps(lambda r: 8 * download_bytes(spec, r)),
+    }
+    try:
+        curves["memory"] = steps(lambda r: memory(spec, local, r).total)
+    except NoFormulaError:
+        curves["memory"] = []
+    return curves

@@ -1,0 +1,160 @@
+"""A frozen model with the modules that carry adapters; `polyrank.local.hf` loads it.
+
+One base stays in memory however many clients there are. Adapters are attached to it (`polyrank.local.attach`) at each
+client's own ranks; trained dense parameters (the head) are passed to each call instead of being written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polyrank.core.architecture import ModelSpec
+from polyrank.core.lowrank import Adapter, Factors
+from polyrank.local.adapters import AdapterInfo
+from polyrank.local.attach import Attachment, Batch, attached
+from polyrank.local.describe import architecture
+from polyrank.local.targets import resolve_targets
+
+
+class Base:
+    """A frozen Transformers model with the modules that carry adapters.
+
+    Attributes:
+        spec: what planning knows of the model, for examples of `tokens` positions.
+        head: names of the dense parameters that are trained: all outside the backbone, and the `new` ones,
+            which its checkpoint lacked.
+        info: what an exported adapter's config says of the model.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str],
+        *,
+        name: str,
+        device: str = "cpu",
+        new: Sequence[str] = (),
+        tokens: int = 0,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False).to(device)
+        if getattr(model.config, "use_cache", False):
+            model.config.use_cache = False  # nothing here generates; a cache would only copy keys and values
+        self.device = torch.device(device)
+        self.modules = dict(model.named_modules())
+        backbone = backbone_of(model)
+        self.head = tuple(n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
+        linear = [n for n, m in self.modules.items() if _is_linear(m)]
+        linear = [n for n in linear if n.startswith(backbone) and f"{n}.weight" not in self.head]
+        self.blocks = blocks = _blocks(model)
+        chosen = resolve_targets(targets, linear, blocks)
+        inside = {n: index for index, block in enumerate(blocks) for n in chosen if n.startswith(f"{block}.")}
+        shapes = {n: _shape(self.modules[n]) for n in linear}
+        named = dict(model.named_parameters())
+        self.spec = ModelSpec(
+            {n: shapes[n] for n in chosen},
+            inside,
+            head={n: named[n].numel() for n in self.head},
+            architecture=architecture(model, shapes, blocks, tokens),
+        )
+        conv = any(_transposed(self.modules[n]) for n in chosen)
+        task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
+        saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
+        self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
+        self.image_size: int | None = None
+        self.extra: dict[str, Any] = {}
+
+    def interpolates(self, image_size: int | None) -> None:
+        """Has position embeddings interpolated where images are not of the model's own size."""
+        self.image_size = image_size or getattr(self.model.config, "image_size", None)
+        if self.image_size != getattr(self.model.config, "image_size", None):
+            self.extra["interpolate_pos_encoding"] = True
+
+    def random_batch(self, size: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Inputs of full length and random content; every other text is one position short, so that a mask is due."""
+        config, tokens = self.model.config, self.spec.architecture.tokens if self.spec.architecture else 0
+        if not hasattr(config, "vocab_size"):
+            shape = (size, config.num_channels, self.image_size, self.image_size)
+            return {"pixel_values": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
+        ids = torch.from_numpy(rng.integers(1, config.vocab_size, (size, tokens)))
+        mask = torch.ones_like(ids)
+        mask[1::2, -1] = 0
+        return {"input_ids": ids * mask + (1 - mask) * config.pad_token_id, "attention_mask": mask}
+
+    def initial_head(self) -> dict[str, Tensor]:
+        """The head as it was loaded or initialised."""
+        named = dict(self.model.named_parameters())
+        return {name: named[name].detach().cpu().float().clone() for name in self.head}
+
+    def attached(
+        self,
+        adapter: Adapter,
+        frozen: Adapter | None = None,
+        factors: Factors | None = None,
+        dropout: float = 0.0,
+        rng: np.random.Generator | None = None,
+        checkpointing: bool = False,
+    ) -> AbstractContextManager[Attachment]:
+        """The base with `adapter` in training and `frozen` beside it, until the context ends.
+
+        Args:
+            adapter: layers at any ranks and dense parameters; their tensors are copied, never written to.
+            frozen: layers that only run, and dense parameters that replace the base's.
+            factors: the factors that need gradients, with the dense parameters; None: nothing does.
+            dropout: probability that an input element of A is dropped.
+            rng: draws the dropout masks.
+            checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
+        """
+        lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapter.layers), default=0)
+        again = [self.modules[name] for name in self.blocks[lowest:]] if checkpointing and factors else []
+        return attached(
+            self.modules, self._logits, self.device, adapter, frozen or Adapter(), factors, dropout, rng, again
+        )
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model is called with: the batch without its labels, on the model's device."""
+        tensors = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
+        return {**tensors, **self.extra}
+
+    def _logits(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
+        call = self.inputs(batch)
+        if not dense:
+            return self.model(**call).logits
+        return functional_call(self.model, dict(dense), (), call, tie_weights=False).logits
+
+
+def backbone_of(model: nn.Module) -> str:
+    """The prefix of the backbone's names (``bert.``), or nothing where the model is its own backbone."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks: the members of every list of modules that hold linear layers."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    members = {f"{name}.{index}": member for name, module in lists for index, member in enumerate(module)}
+    return [name for name, m in members.items() if any(_is_linear(x) for x in m.modules())]
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if _transposed(module):
+        d_in, d_out = module.weight.shape
+    else:
+        d_out, d_in = module.out_features, module.in_features
+    return int(d_out), int(d_in)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _transposed(module)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, which keeps its weight as (d_in, d_out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

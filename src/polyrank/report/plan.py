@@ -1,0 +1,141 @@
+"""What ``polyrank plan`` and ``polyrank profile`` print, made from their plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from polyrank.report.terminal import size, span
+
+PARTS = ("base", "adapter", "gradients", "optimizer", "activations", "working", "overhead")
+
+
+def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
+    """The plan, top to bottom: the model, budgets and limits, memory, traffic, notes."""
+    model, groups = planned["model"], planned["groups"]
+    yield (
+        f"{model['name']}: {model['parameters']:,} parameters, {model['adapted_modules']} adapted modules in "
+        f"{model['blocks']} blocks"
+    )
+    yield (
+        f"method {planned['method']}, server rank {planned['server_rank']}; batch {model['batch']} of "
+        f"{model['tokens']} positions, {model['attention']} attention"
+    )
+    yield ""
+    yield _budgets(groups)
+    yield ""
+    yield _memory(groups)
+    yield ""
+    yield _traffic(groups)
+    if any(len(set(group["ranks"].values())) > 1 for group in groups):
+        yield ""
+        yield _ranks(groups)
+    yield ""
+    for note in planned["notes"]:
+        yield f"note: {note}"
+    yield f"planned in {planned['seconds']:.2f} s"
+
+
+def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:
+    """Predicted against measured, part by part, for each rank."""
+    found = measured["measured"]
+    yield f"{found['model']} on {found['device']}: batch {found['batch']} of {found['tokens']} positions"
+    table = _table("rank", "part", "predicted", "measured", "error")
+    for step in found["steps"]:
+        for part, got in step["measured"].items():
+            predicted = step["predicted"].get(part)
+            error = "-" if not predicted or not got else f"{predicted / got - 1:+.1%}"
+            table.add_row(str(step["rank"]), part, "-" if predicted is None else _mib(predicted), _mib(got), error)
+    yield table
+    yield (
+        f"overhead {_mib(measured['overhead'])}, activations {measured['scale']:.3f} of the formula"
+        if measured["constant"] is None
+        else f"no formula for this family; activations {size(measured['constant'])} an example and "
+        f"{size(measured['per_rank'])} per unit of rank; overhead {_mib(measured['overhead'])}"
+    )
+
+
+def _budgets(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each limit of each group; the one that binds is bold."""
+    table = _table("group", "clients", "budget", "limit", "rank", "has", "next rank needs")
+    for group in groups:
+        clients = "-" if group["clients"] is None else str(group["clients"])
+        head = [group["name"], clients, f"[bold]{group['budget']}[/]"]
+        limits = group["limits"] or [{"name": group["limit"], "rank": group["rank"]}]
+        if all(limit["name"] != group["limit"] for limit in limits):
+            limits = [{"name": group["limit"], "rank": group["rank"]}, *limits]
+        for limit in limits:
+            cells = [limit["name"], str(limit["rank"]), _has(limit), _next(limit)]
+            binds = limit["name"] == group["limit"]
+            table.add_row(*head, *(f"[bold]{cell}[/]" for cell in cells) if binds else cells)
+            head = ["", "", ""]
+    return table
+
+
+def _has(limit: Mapping[str, Any]) -> str:
+    return "-" if limit.get("have") is None else _amount(limit["have"], limit["unit"])
+
+
+def _next(limit: Mapping[str, Any]) -> str:
+    """What the next rank needs of a limit, and how far away that is."""
+    if limit.get("more") is None or limit.get("have") is None:
+        return "-"
+    return f"{_amount(limit['more'], limit['unit'])} ({limit['more'] / limit['have'] - 1:+.1%})"
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    return f"{value / 1e6:.2f} Mbit/s"
+
+
+def _memory(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """Parts down, groups across."""
+    table = _table("peak memory, MiB", *(group["name"] for group in groups))
+
+    def row(name: str, values: list[float | None], style: str = "") -> None:
+        table.add_row(name, *("-" if value is None else f"{value / 2**20:,.1f}" for value in values), style=style)
+
+    for part in PARTS:
+        row(part, [group["peak"] and group["peak"][part] for group in groups])
+    row("total", [group["peak_memory"] for group in groups], "bold")
+    row("has", [group["memory"] for group in groups])
+    return table
+
+
+def _traffic(groups: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("a round", "trains", "from round", "down", "up", "download", "compute", "upload")
+    for group in groups:
+        for entry in group["traffic"]:
+            seconds = entry["seconds"]
+            table.add_row(
+                group["name"],
+                entry["factors"],
+                str(entry["round"] + 1),
+                size(entry["bytes_down"]),
+                size(entry["bytes_up"]),
+                *("-" if seconds[part] is None else span(seconds[part]) for part in ("download", "compute", "upload")),
+            )
+    return table
+
+
+def _ranks(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """Ranks by layer where they differ."""
+    table = _table("first ranks", *(group["name"] for group in groups))
+    names = list(dict.fromkeys(name for group in groups for name in group["ranks"]))
+    for name in names:
+        table.add_row(name, *(str(group["ranks"].get(name, "·")) for group in groups))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 or name in ("limit", "part") else "right")
+    return table
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
