@@ -17,7 +17,7 @@ from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec,
 from polyrank.methods import AGGREGATORS, METHODS
 from polyrank.methods.aggregate.rb_lora import rarity
 from polyrank.methods.estimate import fixed
-from polyrank.methods.factors import alternating
+from polyrank.methods.factors import alternating, warm_up
 
 D_OUT, D_IN, RANK = 12, 10, 6
 SPEC = ModelSpec({"l": (D_OUT, D_IN)})
@@ -231,6 +231,13 @@ def test_fedsvd_refactors_every_period_after_its_warmup() -> None:
 def test_alternating_takes_turns_after_its_warmup() -> None:
     assert [alternating(t) for t in range(4)] == ["B", "A", "B", "A"]
     assert [alternating(t, first="A", warmup=2) for t in range(5)] == ["AB", "AB", "A", "B", "A"]
+
+
+def test_warm_up_trains_both_and_then_starts_another_schedule() -> None:
+    assert [warm_up(t) for t in range(18, 23)] == ["AB", "AB", "B", "A", "B"]
+    assert [warm_up(t, rounds=3) for t in range(6)] == ["AB", "AB", "AB", "B", "A", "B"]
+    assert [warm_up(t, rounds=1, then="only_b") for t in range(3)] == ["AB", "B", "B"]
+    assert [warm_up(t, rounds=1, then="only_a") for t in range(3)] == ["AB", "A", "A"]
 
 
 def test_fixed_takes_each_clients_rank_or_one_for_all() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from polyrank.core.lowrank import Factors
-from polyrank.core.method import Schedule
+from polyrank.core.method import Positive, Schedule
 
 
 def both(round_: int) -> Factors:
@@ -35,9 +35,23 @@ def alternating(round_: int, *, first: Literal["A", "B"] = "B", warmup: int = 0)
     return "A" if first == "B" else "B"
 
 
+def warm_up(
+    round_: int, *, rounds: Positive = 20, then: Literal["alternating", "only_a", "only_b"] = "alternating"
+) -> Factors:
+    """Both factors for the first `rounds` rounds, and then another schedule from its beginning (HRALoRA).
+
+    HRALoRA, CCGrid 2026, warms up for 20 rounds and alternates, or trains B only in its ablation.
+    """
+    if round_ < rounds:
+        return "AB"
+    schedules: dict[str, Schedule] = {"alternating": alternating, "only_a": only_a, "only_b": only_b}
+    return schedules[then](round_ - rounds)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "alternating": alternating,
     "both": both,
     "only_a": only_a,
     "only_b": only_b,
+    "warm_up": warm_up,
 }
