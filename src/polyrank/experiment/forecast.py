@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,9 +19,11 @@ from polyrank.core.types import Budget, ClientProfile, ServerState, Task
 from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
-from polyrank.experiment.planning import describe, group_budgets, profile_of, server_rank
+from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
 from polyrank.experiment.shares import group_sizes
 from polyrank.experiment.tables import DATASETS
+
+_MOST_RANKS = 1024  # of a curve that is drawn
 
 
 def forecast(experiment: Experiment) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     """
     started = time.perf_counter()
     method = experiment.build_method()
+    check_stated_ranks(experiment)
     spec = describe(experiment, method)
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
@@ -183,17 +186,22 @@ def _curves(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
     A client's budget is that of the last step at or below what it has.
     """
     local, modules = experiment.local_training(), len(spec.modules)
-    ranks = sorted({*range(1, min(64, spec.full_rank)), *np.linspace(1, spec.full_rank, 64).astype(int).tolist()})
 
-    def steps(cost: Any) -> list[list[float]]:
-        return [[float(cost(dict.fromkeys(spec.modules, rank))), float(rank * modules)] for rank in ranks]
+    def at(rank: int) -> dict[str, int]:
+        return dict.fromkeys(spec.modules, rank)
 
-    curves: dict[str, Any] = {
-        "upload": steps(lambda r: 8 * upload_bytes(spec, r)),
-        "download": steps(lambda r: 8 * download_bytes(spec, r)),
-    }
+    def link(size: Callable[[dict[str, int]], int]) -> list[list[float]]:
+        one = size(at(1))
+        more = size(at(2)) - one  # bytes grow by the same amount with every rank
+        return [[8.0 * (one + more * r), float((r + 1) * modules)] for r in range(min(spec.full_rank, _MOST_RANKS))]
+
+    ranks = sorted({*range(1, min(32, spec.full_rank)), *np.linspace(1, spec.full_rank, 48).astype(int).tolist()})
     try:
-        curves["memory"] = steps(lambda r: memory(spec, local, r).total)
+        by_memory = [[memory(spec, local, at(rank)).total, float(rank * modules)] for rank in ranks]
     except NoFormulaError:
-        curves["memory"] = []
-    return curves
+        by_memory = []
+    return {
+        "memory": by_memory,
+        "upload": link(lambda ranks: upload_bytes(spec, ranks)),
+        "download": link(lambda ranks: download_bytes(spec, ranks)),
+    }

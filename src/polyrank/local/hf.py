@@ -140,12 +140,14 @@ def base_from_config(
             config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
             if classes is not None:
                 config.num_labels = classes
+            config.architectures = config.architectures or []
             with torch.device(device):
                 model = getattr(transformers, _AUTO[kind]).from_config(
                     config, dtype=_dtype(dtype, config), **_attention(attention)
                 )
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model.name: {name!r} cannot be loaded as a {kind} classifier: {error}") from None
+            shown = repr(name) if isinstance(name, str) else name.model_type
+            raise ModelError(f"model.name: {shown} cannot be loaded as a {kind} classifier: {error}") from None
     if kind == "image":
         tokens = image_tokens(config, image_size)
     base = Base(_with_padding(model), targets, name=str(name), device=device, tokens=tokens)

@@ -215,7 +215,7 @@ class Tape:
         scores = step.batch * model.heads * model.tokens**2
         wide = q.numel if q is not k else q.numel // 3  # of the result: q, k and v may be one fused value
         self._count(4.0 * step.batch * model.tokens**2 * (wide // self.rows), 2.0 * (q.grad or k.grad or v.grad))
-        repeated = model.kv_heads < model.heads and q is not k
+        repeated = 1 < model.kv_heads < model.heads and q is not k  # a single head is broadcast, not copied
         if eager or model.attention == "eager":
             # Batched products take copies in their own layout, and so does what comes after them.
             q, k, v = (self.op([x], wide) for x in (q, k, v))
