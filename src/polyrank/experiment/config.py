@@ -37,6 +37,8 @@ class ModelConfig(Strict):
 
     Attributes:
         name: hub name, folder (seen from the file), ``package:PKG/DIR`` inside an installed package, or digits-vit.
+        config: a folder with the model's config.json, to plan from where the hub is out of reach; the name's own if not
+            given. A run reads the name's.
         targets: ``attention``, ``attention+mlp``, ``all-linear``, or module names.
         rank: the server's rank per module; the largest rank of the fleet if not given.
         alpha: scale = alpha / rank; equal to the rank if not given, so that the scale is 1.
@@ -50,6 +52,7 @@ class ModelConfig(Strict):
     """
 
     name: str
+    config: Path | None = None
     targets: str | list[str] = "attention"
     rank: Count | None = None
     alpha: Annotated[float, Field(gt=0)] | None = None

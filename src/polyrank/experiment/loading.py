@@ -38,6 +38,14 @@ def load(path: Path, overrides: list[str] | None = None) -> Experiment:
     Raises:
         ConfigError: naming the file, the key, the value and what would be valid.
     """
+    raw = _read(path)
+    for override in overrides or []:
+        _apply(raw, override)
+    return parse(raw, str(path), path.parent)
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's mapping, laid over that of the file it ``extends``."""
     try:
         raw = read_yaml(path.read_text())
     except OSError as error:
@@ -46,9 +54,24 @@ def load(path: Path, overrides: list[str] | None = None) -> Experiment:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping with keys {', '.join(Experiment.model_fields)}")
-    for override in overrides or []:
-        _apply(raw, override)
-    return parse(raw, str(path), path.parent)
+    if "extends" not in raw:
+        return raw
+    first = raw.pop("extends")
+    if not isinstance(first, str) or Path(first).name != first:
+        raise ConfigError(f"{path}: extends: {first!r} must be the name of a file beside this one")
+    if path.with_name(first) in (path, *below):
+        raise ConfigError(f"{path}: extends: {first!r} extends this file in turn")
+    return _laid_over(_read(path.with_name(first), (path, *below)), raw)
+
+
+def _laid_over(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key, unless `second` names another component; anything else is replaced."""
+    merged = dict(first)
+    for key, value in second.items():
+        old = first.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _laid_over(old, value) if both and value.get("name") in (None, old.get("name")) else value
+    return merged
 
 
 def parse(raw: dict[str, Any], where: str, folder: Path) -> Experiment:

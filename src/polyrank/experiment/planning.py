@@ -52,7 +52,7 @@ def _from_config(experiment: Experiment, device: str) -> Base:
     data = outline(experiment.data.name, options)
     made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
     return hf.base_from_config(
-        made() if made else hf.locate(config.name),
+        made() if made else hf.locate(str(config.config or config.name)),
         config.targets,
         kind=data.kind,
         classes=data.classes,
