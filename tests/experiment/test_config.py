@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from transformers import BertConfig
 
 from polyrank.core.method import Method
 from polyrank.experiment.build import build
@@ -408,3 +410,51 @@ def test_the_schema_takes_the_method_s_own_rule_with_an_option(
     config = changed(digits_config, "method", {"name": "flexlora", "aggregate": {"rank": 16}})
     assert parsed(config).build_method().aggregate.keywords["rank"] == 16
     validator.validate(config)
+
+
+# --- files that extend others
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_file_extends_another_beside_it(tmp_path: Path, digits_config: Config) -> None:
+    write(
+        tmp_path,
+        first=yaml.safe_dump(digits_config),
+        second="extends: first.yaml\nrounds: 9\nmethod: rb_lora\ndata: {partition: {name: shards, per_client: 3}}\n",
+        third="extends: second.yaml\nlocal: {lr: 0.5}\n",
+    )
+    experiment = load(tmp_path / "third.yaml", ["local.batch=4"])
+    assert (experiment.rounds, experiment.method.name) == (9, "rb_lora")
+    assert experiment.data.partition.model_dump() == {"name": "shards", "per_client": 3}  # another component: no alpha
+    assert experiment.data.clients == digits_config["data"]["clients"]
+    assert (experiment.local.lr, experiment.local.batch, experiment.local.epochs) == (0.5, 4, 1)
+    assert "extends" not in experiment.resolved()
+
+
+def test_what_cannot_be_extended(tmp_path: Path) -> None:
+    write(tmp_path, a="extends: b.yaml", b="extends: a.yaml", c="extends: ../c.yaml", d="extends: nowhere.yaml")
+    for name, part in (
+        ("a", "extends this file in turn"),
+        ("c", "'../c.yaml' must be the name of a file beside this one"),
+        ("d", "nowhere.yaml: cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            load(tmp_path / f"{name}.yaml")
+
+
+def test_plans_read_the_config_and_runs_the_name(tmp_path: Path, digits_config: Config) -> None:
+    BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24).save_pretrained(
+        tmp_path / "made"
+    )
+    config = changed(digits_config, "model", {"name": "some/model", "config": "made", "targets": ["query"], "rank": 2})
+    config = changed(config, "data", {"name": "sst2", "clients": 4})
+    write(tmp_path, x=yaml.safe_dump(changed(config, "fleet", [{"rank": 2}])))
+    experiment = load(tmp_path / "x.yaml")
+    spec = describe(experiment, experiment.build_method())
+    assert list(spec.modules.values()) == [(16, 16)]
+    assert spec.architecture.classes == 2
+    assert experiment.resolved()["model"]["name"] == "some/model"
