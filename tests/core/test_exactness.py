@@ -166,6 +166,8 @@ def test_clients_without_data_and_layers_without_holders_do_not_count() -> None:
         return replace(state, adapter=Adapter({"l0": l0, "l1": replace(y, B=y.B + 1)}))
 
     assert aggregation_error(state, after(sent[0]), tasks, updates) == pytest.approx(0.0, abs=1e-12)
+    weightless = [updates[0], replace(updates[1], adapter=Adapter({"l0": sent[1], "l1": y}))]
+    assert aggregation_error(state, after(sent[0]), tasks, weightless) == pytest.approx(0.0, abs=1e-12)
     nobody = [replace(update, examples=0) for update in updates]
     assert aggregation_error(state, after(replace(x, B=x.B + 1.5)), tasks, nobody) == pytest.approx(0.0, abs=1e-6)
     assert aggregation_error(state, after(x), tasks, updates) == pytest.approx(1.0)

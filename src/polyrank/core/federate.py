@@ -110,8 +110,8 @@ def federate(
     *,
     rounds: int,
     cohort: int | None = None,
-    seed: int = 0,
     errors: bool = False,
+    seed: int = 0,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 

@@ -50,8 +50,8 @@ class Session:
             e.local_training(),
             rounds=e.rounds,
             cohort=e.cohort,
-            seed=e.seed,
             errors=e.evaluate.aggregation,
+            seed=e.seed,
         )
         started = time.monotonic()
         for state, record in steps:
