@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polyrank.core.federate import absorb
-from polyrank.core.lowrank import Adapter, LowRank, compress, delta, mean, norm, overlay, rescale, stack, truncate
+from polyrank.core.lowrank import Adapter, LowRank, delta, mean, norm, overlay, rescale, stack, truncate
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState, Update
@@ -262,8 +262,9 @@ def hralora(round_: Round) -> Results:
         Update(f"c{i}", Adapter({n: truncate(moved(g, u.layers[n]), r) for n, g in held(server, u)}), size)
         for i, (u, r, size) in enumerate(zip(moves, ranks, sizes, strict=True))
     ]
-    plain = after("fedit", server, updates, weights="uniform", rows="keep")
-    by_size = after("fedit", server, updates, weights="size", rows="keep")
+    plain = after("hralora", server, updates, weights="uniform", refactor=False)
+    by_size = after("hralora", server, updates, refactor=False)
+    whole = after("hralora", server, updates)
     norms = [sum(norm(x) ** 2 for x in u.layers.values()) ** 0.5 for u in moves]
     for name, g in server.adapter.layers.items():
         xs = [overlay(u.adapter.layers[name], g) if name in u.adapter.layers else g for u in updates]
@@ -276,7 +277,7 @@ def hralora(round_: Round) -> Results:
         for kind, x in found.items():
             yield f"out/{kind}/{name}/A", x.A
             yield f"out/{kind}/{name}/B", x.B
-        yield f"out/hralora/{name}/BA", delta(compress(by_size.adapter.layers[name], split="balanced"))
+        yield f"out/hralora/{name}/BA", delta(whole.adapter.layers[name])
 
 
 def held(server: ServerState, update: Adapter) -> Iterator[tuple[str, LowRank]]:

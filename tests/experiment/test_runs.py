@@ -453,6 +453,15 @@ def test_evaluation_is_as_often_and_on_as_much_as_asked(tmp_path: Path, config: 
     assert session.validation.tolist() == Session(Run.open(tmp_path / "run")).validation.tolist()
 
 
+def test_every_record_says_how_exact_the_aggregate_is_unless_told_not_to(tmp_path: Path, config: Config) -> None:
+    for method, exact in (("fedit", False), ("flora", True)):
+        finished(started(tmp_path / method, config, method={"name": method}, rounds=2))
+        found = [record["aggregation_error"] for record in records(tmp_path / method)]
+        assert all((error < 1e-5) == exact for error in found)
+    finished(started(tmp_path / "off", config, rounds=2, evaluate={"aggregation": False}))
+    assert [record["aggregation_error"] for record in records(tmp_path / "off")] == [None, None]
+
+
 @pytest.mark.parametrize("method", ["rb_lora", "flora", "fedex_lora"])
 def test_the_exported_adapter_is_the_final_model(method: str, tmp_path: Path, config: Config) -> None:
     session = started(tmp_path / "run", config, method={"name": method}, rounds=2)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from polyrank.core.costs import NoFormulaError, task_memory
+from polyrank.core.exactness import aggregation_error
 from polyrank.core.lowrank import Adapter, Factors, combine, precision
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
@@ -109,9 +110,13 @@ def federate(
     *,
     rounds: int,
     cohort: int | None = None,
+    errors: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
+
+    With `errors`, records say how exact each aggregate is (`aggregation_error`), for which the low-rank layers of the
+    cohort are kept until the round ends, also where the rule streams.
 
     Raises:
         ValueError: if there are no clients.
@@ -125,8 +130,19 @@ def federate(
         chosen = sample(profiles, cohort, state.round, seed)
         tasks = plan(method, state, budgets, chosen, spec, now, seed)
         ledger = _Ledger(state.round, method.factors(state.round), now, tasks, spec)
-        state = absorb(method, state, ledger.watch(clients.fit(tasks)), seed)
-        yield state, ledger.record()
+        kept: list[Update] = []
+        updates = ledger.watch(clients.fit(tasks))
+        absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed)
+        record = ledger.record(aggregation_error(state, absorbed, tasks, kept) if errors else None)
+        state = absorbed
+        yield state, record
+
+
+def _keeping(kept: list[Update], updates: Iterable[Update]) -> Iterator[Update]:
+    """The updates; their low-rank layers are noted in `kept`."""
+    for update in updates:
+        kept.append(replace(update, adapter=Adapter(update.adapter.layers)))
+        yield update
 
 
 def _checked(state: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
@@ -208,7 +224,7 @@ class _Ledger:
                 self.memory[update.client] = float(update.metrics["memory"])
             yield update
 
-    def record(self) -> RoundRecord:
+    def record(self, error: float | None) -> RoundRecord:
         return RoundRecord(
             round=self.round,
             factors=self.factors,
@@ -222,6 +238,7 @@ class _Ledger:
             seconds=max(self.seconds) if self.seconds else None,
             predicted_memory=self._predicted(),
             measured_memory=self.memory,
+            aggregation_error=error,
         )
 
     def _predicted(self) -> dict[Client, float]:

@@ -24,6 +24,8 @@ Split = Literal["energy", "balanced"]
 Fold = Literal["B", "both"]
 Factors = Literal["A", "B", "AB"]
 
+_FAINT = 1e-6  # of the largest energy: less is rounding, or has yet to be learnt
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -179,8 +181,8 @@ def compress(x: LowRank, rank: int | None = None, split: Split = "energy") -> Lo
         x: the update; bfloat16 factors are computed and returned in float32.
         rank: the largest rank of the result (default: all of it, lossless).
         split: ``energy`` puts S into B and leaves orthonormal rows in A. ``balanced`` gives both factors
-            sqrt(S); a direction of no energy keeps an orthonormal row in A and zero in B there, because with
-            zeros on both sides it could never learn again.
+            sqrt(S); directions of less than 1e-6 of the largest energy, none included, are split as by ``energy``:
+            with (next to) nothing on both sides they would never learn again.
 
     Returns:
         An update of rank min(rank, m, d_out, d_in) and scale 1.
@@ -209,8 +211,8 @@ def compress(x: LowRank, rank: int | None = None, split: Split = "energy") -> Lo
         U, Vt = U * sign, Vt * sign[:, None]
     if split == "energy":
         return LowRank(Vt.contiguous(), U * S)
-    root = S.sqrt()
-    return LowRank(Vt * torch.where(S > 0, root, 1.0)[:, None], U * root)
+    root = torch.where(_FAINT * S[:1] < S, S.sqrt(), 1.0)
+    return LowRank(Vt * root[:, None], U * (S / root))
 
 
 def _svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

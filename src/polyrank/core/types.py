@@ -251,6 +251,8 @@ class RoundRecord:
         metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated.
         predicted_memory: bytes that each client should need at its peak, where the cost model knows the model.
         measured_memory: bytes that each client did need, where it was measured.
+        aggregation_error: the relative distance of the new model from the mean of the clients' models, where it was
+            asked for (`polyrank.core.exactness.aggregation_error`).
     """
 
     round: int
@@ -266,6 +268,7 @@ class RoundRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     predicted_memory: Mapping[Client, float] = field(default_factory=dict)
     measured_memory: Mapping[Client, float] = field(default_factory=dict)
+    aggregation_error: float | None = None
 
 
 class Clients(Protocol):

@@ -119,10 +119,13 @@ class EvaluateConfig(Strict):
     Attributes:
         every: rounds between evaluations on the validation split; the last round is always evaluated.
         samples: at most so many validation examples (the test split is always used whole).
+        aggregation: whether to measure, in every round, how far the aggregate is from the exact mean of the clients'
+            models; keeps a cohort's low-rank layers in memory.
     """
 
     every: Count = 1
     samples: Count | None = None
+    aggregation: bool = True
 
 
 class Expected(Strict):

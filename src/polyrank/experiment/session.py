@@ -50,6 +50,7 @@ class Session:
             e.local_training(),
             rounds=e.rounds,
             cohort=e.cohort,
+            errors=e.evaluate.aggregation,
             seed=e.seed,
         )
         started = time.monotonic()

@@ -9,6 +9,7 @@ from polyrank.methods.aggregate.fedsvd import fedsvd
 from polyrank.methods.aggregate.flexlora import flexlora
 from polyrank.methods.aggregate.flora import flora
 from polyrank.methods.aggregate.hetlora import hetlora
+from polyrank.methods.aggregate.hralora import hralora
 from polyrank.methods.aggregate.lora_fair import lora_fair
 from polyrank.methods.aggregate.rb_lora import rb_lora
 from polyrank.methods.aggregate.rbla import rbla
@@ -20,6 +21,7 @@ AGGREGATORS: dict[str, Callable[..., ServerState]] = {
     "flexlora": flexlora,
     "flora": flora,
     "hetlora": hetlora,
+    "hralora": hralora,
     "lora_fair": lora_fair,
     "raflora": rb_lora,  # arXiv 2602.13486 equals RB-LoRA in product space
     "rb_lora": rb_lora,
