@@ -51,6 +51,7 @@ class Session:
             rounds=e.rounds,
             cohort=e.cohort,
             seed=e.seed,
+            measure=world.simulator.measure,
         )
         started = time.monotonic()
         for state, record in steps:
