@@ -1,4 +1,4 @@
-"""A round, top to bottom: pure functions around one exchange.
+"""A round, top to bottom: two pure functions around one exchange, once the layers are scored.
 
     state   = scored(method, state, ...)         # which layers matter by now
     tasks   = plan(method, state, ...)

@@ -80,7 +80,7 @@ class Simulator:
     def measure(self, query: Query, state: ServerState) -> dict[str, float]:
         """The importance that `query` asks for, of the state's model: on the hold-out, or on clients' own examples.
 
-            s = sum_k m_k s_k / sum_k m_k    over the clients that answer and have data, m_k the examples of k measured
+            s = sum_k n_k s_k / sum_k n_k    over the clients that answer and have data; n_k is all that k holds
 
         A client runs the server's whole adapter for it; what that costs it is on no record.
 
@@ -99,10 +99,9 @@ class Simulator:
         for client in sorted(query.cohort):
             own = self.shares[client]
             if len(own) and self._answers(client, query.round):
-                count = min(query.samples or len(own), len(own))
                 found = self._measured(query, state, self.data, own, client)
-                total = {name: total.get(name, 0.0) + count * score for name, score in found.items()}
-                weight += count
+                total = {name: total.get(name, 0.0) + len(own) * score for name, score in found.items()}
+                weight += len(own)
         return {name: score / weight for name, score in total.items()}
 
     def _measured(

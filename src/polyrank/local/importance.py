@@ -19,7 +19,7 @@ from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.trainer import Examples, Indices, by_length
 
-POSITIONS = 2048
+POSITIONS = 1024
 """Most input positions of a batch."""
 
 ELEMENTS = 2**26

@@ -69,7 +69,7 @@ def fisher(
         after: the round of the first measurement; before it, all layers are alike.
         smoothing: the share of the last scores in the new ones: s <- smoothing * s + (1 - smoothing) * measured.
         on: ``holdout``: training examples that the server keeps for it; ``clients``: those of the round's cohort, each
-            on its own data, averaged by the examples each measured on.
+            on its own data, averaged by size.
         samples: examples, of the hold-out or of each client, drawn anew for every measurement; None: all there are.
         labels: ``given``, or ``sampled`` from the model's prediction: the first is the empirical Fisher information,
             the second an unbiased estimate of the true one.
