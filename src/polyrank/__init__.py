@@ -1,7 +1,7 @@
 """polyrank: one Hugging Face model, fine-tuned by many clients that cannot afford the same LoRA."""
 
 from polyrank.core.fake import FakeClients
-from polyrank.core.federate import absorb, federate, plan, sample
+from polyrank.core.federate import absorb, federate, plan, sample, scored
 from polyrank.core.lowrank import (
     Adapter,
     LowRank,
@@ -17,13 +17,14 @@ from polyrank.core.lowrank import (
     stack,
     truncate,
 )
-from polyrank.core.method import Method
+from polyrank.core.method import Boost, Method
 from polyrank.core.rng import stream
 from polyrank.core.types import (
     ClientProfile,
     Clients,
     LocalTraining,
     ModelSpec,
+    Query,
     RoundRecord,
     ServerState,
     TailPenalty,
@@ -43,6 +44,7 @@ __all__ = [
     "SCHEDULES",
     "SCORERS",
     "Adapter",
+    "Boost",
     "ClientProfile",
     "Clients",
     "FakeClients",
@@ -50,6 +52,7 @@ __all__ = [
     "LowRank",
     "Method",
     "ModelSpec",
+    "Query",
     "RoundRecord",
     "ServerState",
     "TailPenalty",
@@ -68,6 +71,7 @@ __all__ = [
     "plan",
     "rescale",
     "sample",
+    "scored",
     "stack",
     "stream",
     "truncate",

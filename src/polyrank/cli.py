@@ -310,13 +310,15 @@ def data(
                 {"client": c, "group": profiles[c].group, "examples": int(row.sum()), "classes": row.tolist()}
                 for c, row in zip(clients, counts, strict=True)
             ]
-            sizes = {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")}
+            splits = ("train", "validation", "test", "importance")
+            sizes = {name: len(split) for name in splits if (split := getattr(dataset, name)) is not None}
             print(json.dumps({"name": dataset.name, "sizes": sizes, "classes": list(dataset.classes), "clients": rows}))
             return
         out.print(heat_map(counts, clients, [profiles[c].group for c in clients], dataset.classes, out.width))
         out.print(
             f"{int(counts.sum())} of {len(dataset.train)} training examples held by {len(clients)} clients, "
-            f"{len(dataset.validation)} validation, {len(dataset.test)} test",
+            f"{len(dataset.validation)} validation, {len(dataset.test)} test"
+            + (f", {len(dataset.importance)} kept by the server" if dataset.importance else ""),
             highlight=False,
             soft_wrap=True,
         )

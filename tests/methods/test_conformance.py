@@ -17,11 +17,11 @@ from torch import Tensor
 
 from polyrank.core.architecture import Architecture
 from polyrank.core.fake import FakeClients, echo
-from polyrank.core.federate import absorb, plan
+from polyrank.core.federate import absorb, plan, scored
 from polyrank.core.lowrank import Adapter, LowRank, delta, overlay, pad, rescale, tail, truncate, zeros
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec, Query, ServerState, Task, Update
 from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
 from polyrank.methods.named import fedit
 
@@ -512,11 +512,81 @@ def test_schedules_name_factors(schedule: Callable[[int], str]) -> None:
 # --- which layers matter, and what can each client afford?
 
 
-@pytest.mark.parametrize("score", variants(SCORERS))
-def test_scores_are_non_negative_for_every_layer(score: Callable[..., dict[str, float]]) -> None:
-    scores = score(SPEC, start())
-    assert scores.keys() == SPEC.modules.keys()
-    assert all(0 <= value < float("inf") for value in scores.values())
+def answer(query: Query) -> dict[str, float]:
+    """A measurement that depends on what is asked and in which round."""
+    return {name: 1.0 + position + len(repr(query)) for position, name in enumerate(SPEC.modules)}
+
+
+def scoring(score: Callable[..., Mapping[str, float]], rounds: int = 6, **measured: Any) -> list[Mapping[str, float]]:
+    """The scores of some rounds, as `federate` would have them."""
+    method, state, found = replace(fedit(), score=score), start(), []
+    measure = measured.get("measure", lambda query, state: answer(query))
+    for round_ in range(rounds):
+        state = scored(method, replace(state, round=round_), ["a"], SPEC, 0, measure)
+        found.append(state.scores)
+    return found
+
+
+scorers = pytest.mark.parametrize("score", variants(SCORERS))
+
+
+@scorers
+def test_scores_are_non_negative_for_every_layer(score: Callable[..., Mapping[str, float]]) -> None:
+    for scores in scoring(score):
+        assert scores.keys() == SPEC.modules.keys()
+        assert all(0 <= value < float("inf") for value in scores.values())
+        assert json.loads(json.dumps(dict(scores))) == scores
+
+
+@scorers
+def test_scores_are_a_function_of_what_is_given(score: Callable[..., Mapping[str, float]]) -> None:
+    assert scoring(score) == scoring(score)
+    state = start()
+    before = [x.A.clone() for x in state.adapter.layers.values()], dict(state.scores), dict(state.memory)
+    score(SPEC, state, answer)
+    assert all(torch.equal(x.A, A) for x, A in zip(state.adapter.layers.values(), before[0], strict=True))
+    assert (dict(state.scores), dict(state.memory)) == before[1:]
+
+
+@scorers
+def test_nobody_to_measure_leaves_usable_scores(score: Callable[..., Mapping[str, float]]) -> None:
+    for scores in scoring(score, measure=lambda query, state: {}):
+        assert scores.keys() == SPEC.modules.keys()
+
+
+MEASURED = [name for name, score in SCORERS.items() if "on" in inspect.signature(score).parameters]
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_what_measures_says_so_and_cannot_do_without(name: str) -> None:
+    """The option `on` is how a configuration knows that a scorer needs data."""
+    asked: list[Query] = []
+
+    def watch(query: Query) -> dict[str, float]:
+        asked.append(query)
+        return answer(query)
+
+    SCORERS[name](SPEC, start(), watch)
+    assert bool(asked) == (name in MEASURED)
+    if name in MEASURED:
+        with pytest.raises(ValueError, match="give `federate` a `measure`"):
+            SCORERS[name](SPEC, start(), None)
+    else:
+        assert SCORERS[name](SPEC, start(), None) == SCORERS[name](SPEC, start(), answer)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_scorers_ask_for_what_their_options_say(name: str) -> None:
+    asked: list[Query] = []
+
+    def watch(query: Query) -> dict[str, float]:
+        asked.append(query)
+        return answer(query)
+
+    for option, values in choices(SCORERS[name]).items():
+        for value in values:
+            partial(SCORERS[name], samples=7, **{option: value})(SPEC, start(), watch)
+            assert (getattr(asked[-1], option), asked[-1].samples) == (value, 7)
 
 
 @pytest.mark.parametrize("estimate", variants(ESTIMATORS))

@@ -1,5 +1,6 @@
-"""A round, top to bottom: two pure functions around one exchange.
+"""A round, top to bottom: two pure functions around one exchange, once the layers are scored.
 
+    state   = scored(method, state, ...)         # which layers matter by now
     tasks   = plan(method, state, ...)
     updates = clients.fit(tasks)
     state   = absorb(method, state, updates)
@@ -10,7 +11,7 @@ does in its own ``for`` loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -26,11 +27,15 @@ from polyrank.core.types import (
     Clients,
     LocalTraining,
     ModelSpec,
+    Query,
     RoundRecord,
     ServerState,
     Task,
     Update,
 )
+
+Measurement = Callable[[Query, ServerState], Mapping[str, float]]
+"""Computes the importance that a query asks for, of a state's model."""
 
 
 def sample(clients: Iterable[Client], size: int | None, round_: int, seed: int) -> list[Client]:
@@ -40,6 +45,37 @@ def sample(clients: Iterable[Client], size: int | None, round_: int, seed: int) 
         return everybody
     chosen = stream(seed, "cohort", round_).choice(len(everybody), size=size, replace=False)
     return sorted(everybody[i] for i in chosen)
+
+
+def scored(
+    method: Method,
+    state: ServerState,
+    cohort: Sequence[Client],
+    spec: ModelSpec,
+    seed: int,
+    measure: Measurement | None = None,
+) -> ServerState:
+    """The state with the importance of every layer, as the method scores it in this round.
+
+    ``memory["scored"]`` is the round in which the scores were last made anew, for `Method.hold`.
+
+    Args:
+        method: the six answers.
+        state: the server's state.
+        cohort: the clients of this round, whom a scorer may ask.
+        spec: the adapted modules.
+        seed: the run's seed.
+        measure: computes an importance on real data; a scorer that needs one fails without.
+    """
+
+    def ask(query: Query) -> Mapping[str, float]:
+        assert measure is not None
+        return measure(replace(query, round=state.round, seed=seed, cohort=tuple(cohort)), state)
+
+    scores = method.score(spec, state, None if measure is None else ask)
+    if scores is state.scores:
+        return state
+    return replace(state, scores=scores, memory={**state.memory, "scored": state.round})
 
 
 def plan(
@@ -54,8 +90,8 @@ def plan(
     """The tasks of a round: where each client's budget goes, and what is sent.
 
     A layer's rank is at most the server's rank of that layer, and at most what the client has pruned itself to
-    (``state.memory["ranks"]``). A client that can afford nothing gets no task; one whose budget is allocated nowhere
-    still trains the head, if there is one.
+    (``state.memory["ranks"]``). A layer without a score in `state` counts as one of score 1. A client that can afford
+    nothing gets no task; one whose budget is allocated nowhere still trains the head, if there is one.
 
     Args:
         method: the six answers.
@@ -66,7 +102,8 @@ def plan(
         local: how clients train in this round (see `LocalTraining.at`).
         seed: the run's seed.
     """
-    scores = method.score(spec, state)
+    scores = dict.fromkeys(spec.modules, 1.0) | dict(state.scores)
+    drawn = int(state.memory.get("scored", state.round)) if method.hold else state.round
     factors = method.factors(state.round)
     dense, frozen_dense = dict(state.adapter.dense), dict(state.folded.dense)
     if method.dense == "freeze":
@@ -75,8 +112,9 @@ def plan(
     for client in sorted(client for client in cohort if budgets[client].total > 0):
         pruned = state.memory.get("ranks", {}).get(client, {})
         caps = {name: min(x.rank, pruned.get(name, x.rank)) for name, x in state.adapter.layers.items()}
-        rng = stream(seed, "allocate", state.round, client)
+        rng = stream(seed, "allocate", drawn, client)
         ranks = method.allocate(budgets[client].total, caps, scores, spec, rng)
+        ranks = method.boost.of(ranks, caps, state.round) if method.boost else ranks
         ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         trained, carried = method.dispatch(state, ranks, stream(seed, "dispatch", state.round, client))
         frozen = combine([Adapter(state.folded.layers, frozen_dense), Adapter(carried)])
@@ -112,6 +150,7 @@ def federate(
     cohort: int | None = None,
     errors: bool = False,
     seed: int = 0,
+    measure: Measurement | None = None,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 
@@ -119,7 +158,7 @@ def federate(
     cohort are kept until the round ends, also where the rule streams.
 
     Raises:
-        ValueError: if there are no clients.
+        ValueError: if there are no clients, or the method's scorer needs a `measure` and there is none.
     """
     profiles = clients.profiles()
     if not profiles:
@@ -127,7 +166,8 @@ def federate(
     budgets = method.estimate(profiles, spec, local)
     while state.round < rounds:
         now = local.at(state.round, rounds)
-        chosen = sample(profiles, cohort, state.round, seed)
+        chosen = [c for c in sample(profiles, cohort, state.round, seed) if budgets[c].total > 0]
+        state = scored(method, state, chosen, spec, seed, measure)
         tasks = plan(method, state, budgets, chosen, spec, now, seed)
         ledger = _Ledger(state.round, method.factors(state.round), now, tasks, spec)
         kept: list[Update] = []

@@ -1,19 +1,20 @@
 """A method is six answers. A published method is a composition of them; an ablation replaces one.
 
     estimate    profiles, model spec, local        -> {client: rank budget}
-    score       model spec, state                  -> {layer: importance}
+    score       model spec, state, measure         -> {layer: importance}
     allocate    budget, caps, scores, spec, rng    -> {layer: rank}
     dispatch    state, ranks, rng                  -> (trained layers, frozen layers)
     factors     round                              -> "A", "B" or "AB"
     aggregate   state, updates, rng                -> state
 
-Each answer is a plain function whose keyword-only parameters are its options. `penalty` and `dense` are data: the
-terms a client adds to its loss, and what becomes of the head.
+Each answer is a plain function whose keyword-only parameters are its options. `penalty`, `dense`, `hold` and `boost`
+are data: the terms a client adds to its loss, what becomes of the head, how long a draw of layers lasts, and a warm-up
+beyond the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
@@ -27,6 +28,7 @@ from polyrank.core.types import (
     ClientProfile,
     LocalTraining,
     ModelSpec,
+    Query,
     ServerState,
     TailPenalty,
     Update,
@@ -38,6 +40,9 @@ Dense = Literal["size", "uniform", "freeze"]
 Positive = Annotated[int, Ge(1)]
 """An option that counts: at least 1."""
 
+Measure = Callable[[Query], Mapping[str, float]]
+"""Has an importance computed on real data; empty where nobody could answer."""
+
 
 class Estimate(Protocol):
     """What can each client afford? Its rank budget, with the limit that binds."""
@@ -48,9 +53,12 @@ class Estimate(Protocol):
 
 
 class Score(Protocol):
-    """Which layers matter? A non-negative importance per layer."""
+    """Which layers matter? A non-negative importance per layer.
 
-    def __call__(self, spec: ModelSpec, state: ServerState) -> dict[str, float]: ...
+    A scorer that keeps the scores of an earlier round returns `state.scores` itself; anything else counts as new.
+    """
+
+    def __call__(self, spec: ModelSpec, state: ServerState, measure: Measure | None) -> Mapping[str, float]: ...
 
 
 class Allocate(Protocol):
@@ -82,6 +90,29 @@ class Aggregate(Protocol):
 
 
 @dataclass(frozen=True)
+class Boost:
+    """A warm-up at a multiple of the ranks that the allocator gives (HRALoRA's doubled ranks, CCGrid 2026).
+
+        r_l <- min(cap_l, factor * r_l)   in rounds 0 to rounds - 1
+
+    It overspends the estimated budget on purpose: what a client trains, sends and keeps in memory in those rounds is
+    up to `factor` times what its limits allow. `polyrank plan` says so.
+    """
+
+    rounds: int
+    factor: int
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.factor < 1:
+            raise ValueError(f"a boost needs rounds >= 0 and a factor >= 1, got {self.rounds} and {self.factor}")
+
+    def of(self, ranks: Ranks, caps: Ranks, round_: int) -> dict[str, int]:
+        """The ranks of a round."""
+        factor = self.factor if round_ < self.rounds else 1
+        return {name: min(caps[name], rank * factor) for name, rank in ranks.items()}
+
+
+@dataclass(frozen=True)
 class Method:
     """The six answers.
 
@@ -89,6 +120,9 @@ class Method:
         estimate, score, allocate, dispatch, factors, aggregate: see the module's docstring.
         penalty: terms a client adds to its loss (HetLoRA), or None.
         dense: the head is trained and averaged by ``size`` or ``uniform``ly, or ``freeze``: it stays as it started.
+        hold: whether an allocator's random draws are kept until the scores are made anew, rather than drawn every
+            round. Where every round has new scores, as in a warm-up, every round has new draws.
+        boost: a warm-up beyond the budget, or None.
     """
 
     estimate: Estimate
@@ -99,3 +133,5 @@ class Method:
     aggregate: Aggregate
     penalty: TailPenalty | None = None
     dense: Dense = "size"
+    hold: bool = False
+    boost: Boost | None = None

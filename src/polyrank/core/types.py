@@ -14,6 +14,10 @@ Client = str
 """A client's name. Cohorts, updates and sums are ordered by it."""
 
 LRSchedule = Literal["constant", "linear", "cosine", "exponential"]
+MeasuredOn = Literal["holdout", "clients"]
+Labels = Literal["given", "sampled"]
+FisherForm = Literal["trace", "squared", "norm"]
+Target = Literal["log_likelihood", "logit"]
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,9 @@ class ServerState:
         adapter: the adapter in training, at the server's rank per layer, and the trained head.
         folded: frozen parts that belong to the model by now (FLoRA, FedEx-LoRA) and a frozen head. The base
             model itself is never written to.
-        scores: importance per layer, where the method measures it.
-        memory: what a method remembers, as JSON values (for example ``ranks`` that clients have pruned to).
+        scores: importance per layer, as the last round was planned by.
+        memory: what a method remembers, as JSON values: ``scored``, the round in which `scores` were made, and for
+            example ``ranks`` that clients have pruned to.
     """
 
     round: int
@@ -231,6 +236,32 @@ class ServerState:
     folded: Adapter = field(default_factory=Adapter)
     scores: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a scorer asks to have measured on real data: an importance per adapted module of the server's model.
+
+    Attributes:
+        kind: ``fisher``: of per-example gradients, squared; ``gradient``: the norm of the mean gradient.
+        on: the server's labelled ``holdout``, or the ``clients`` of the round, each on examples of its own.
+        samples: examples to measure on, of the hold-out or of each client; None: all there are.
+        labels: those ``given``, or ``sampled`` from the model's own prediction (the true Fisher information).
+        form: what a module's score is of its Fisher diagonal (see `polyrank.methods.importance.fisher`).
+        target: what is differentiated: ``log_likelihood`` of the label, or its raw ``logit``.
+        round, seed: name the streams that draw examples and labels; filled in by `federate`.
+        cohort: the clients of the round, likewise.
+    """
+
+    kind: Literal["fisher", "gradient"]
+    on: MeasuredOn = "holdout"
+    samples: int | None = None
+    labels: Labels = "given"
+    form: FisherForm = "trace"
+    target: Target = "log_likelihood"
+    round: int = 0
+    seed: int = 0
+    cohort: tuple[Client, ...] = ()
 
 
 @dataclass(frozen=True)

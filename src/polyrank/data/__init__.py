@@ -12,7 +12,7 @@ from polyrank.data.partition import Partition
 from polyrank.data.partitioners import PARTITIONERS
 from polyrank.data.prepare import ImageSplit, TextSplit, prepare_images, prepare_text
 from polyrank.data.presets import ag_news, banking77, cifar100, ledgar, sst2
-from polyrank.data.source import DataError, Dataset, Source, hold_out, limit
+from polyrank.data.source import DataError, Dataset, Source, hold_out, limit, set_apart
 from polyrank.data.tables import files
 
 DATASETS = {
@@ -45,4 +45,5 @@ __all__ = [
     "prepare_images",
     "prepare_text",
     "public_digits",
+    "set_apart",
 ]

@@ -58,7 +58,8 @@ class Source:
 class Dataset:
     """A classification task. `validation` may be empty until `hold_out`; `test` never is.
 
-    Selection (of rounds, of options) reads `validation`; `test` is for reporting.
+    Selection (of rounds, of options) reads `validation`; `test` is for reporting. `importance` is what the server keeps
+    of the training data to measure on which layers matter, if anything (`set_apart`).
     """
 
     name: str
@@ -67,6 +68,7 @@ class Dataset:
     validation: Source
     test: Source
     classes: tuple[str, ...]
+    importance: Source | None = None
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -108,6 +110,22 @@ def hold_out(dataset: Dataset, fraction: float, rng: np.random.Generator) -> Dat
     held = stratified(dataset.train.labels, count, rng)
     kept = np.setdiff1d(np.arange(len(dataset.train)), held, assume_unique=True)
     return replace(dataset, train=dataset.train.select(kept), validation=dataset.train.select(held))
+
+
+def set_apart(dataset: Dataset, count: int, rng: np.random.Generator) -> Dataset:
+    """A data set of which the server keeps `count` training examples, drawn uniformly, to measure importance on.
+
+    Raises:
+        DataError: if that would leave nothing to train on.
+    """
+    if not 0 < count < len(dataset.train):
+        raise DataError(
+            f"{dataset.name}: {count} of {len(dataset.train)} training examples cannot be kept for importance (set"
+            " data.importance): at least one must be, and one be left"
+        )
+    kept = np.sort(rng.choice(len(dataset.train), count, replace=False))
+    left = np.setdiff1d(np.arange(len(dataset.train)), kept, assume_unique=True)
+    return replace(dataset, train=dataset.train.select(left), importance=dataset.train.select(kept))
 
 
 def limit(dataset: Dataset, limits: Mapping[str, int], rng: np.random.Generator) -> Dataset:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import round_seconds
 from polyrank.core.rng import stream
-from polyrank.core.types import Client, ClientProfile, Task, Update
+from polyrank.core.types import Client, ClientProfile, Query, ServerState, Task, Update
 from polyrank.local.base import Base
+from polyrank.local.importance import importance
 from polyrank.local.trainer import Examples, Indices, train
 
 Clock = Callable[[ClientProfile, ModelSpec, Task, Update], float | None]
@@ -33,6 +36,7 @@ class Simulator:
         absent: probability that a client asked in a round does not answer.
         seed: the run's seed; absences have their own stream.
         clock: simulated seconds of a client's round.
+        holdout: prepared, labelled examples that the server keeps to measure importance on; none of `data`.
     """
 
     def __init__(
@@ -46,8 +50,9 @@ class Simulator:
         absent: float = 0.0,
         seed: int = 0,
         clock: Clock = simulated_seconds,
+        holdout: Examples | None = None,
     ) -> None:
-        self.spec = spec or base.spec
+        self.spec, self.holdout = spec or base.spec, holdout
         self.base, self.data, self.shares = base, data, shares
         self._profiles, self.absent, self.seed, self.clock = dict(profiles), absent, seed, clock
 
@@ -64,10 +69,48 @@ class Simulator:
         """Trains client after client, in order; absent clients are skipped."""
         for client in sorted(tasks):
             task = tasks[client]
-            if self.absent and stream(self.seed, "absent", task.round, client).random() < self.absent:
+            if not self._answers(client, task.round):
                 continue
             update = train(self.base, task, client, self.data, self.shares[client])
             seconds = self.clock(self._profiles[client], self.spec, task, update)
             if seconds is not None:
                 update = replace(update, metrics={**update.metrics, "seconds": seconds})
             yield update
+
+    def measure(self, query: Query, state: ServerState) -> dict[str, float]:
+        """The importance that `query` asks for, of the state's model: on the hold-out, or on clients' own examples.
+
+            s = sum_k n_k s_k / sum_k n_k    over the clients that answer and have data; n_k is all that k holds
+
+        A client runs the server's whole adapter for it; what that costs it is on no record.
+
+        Returns:
+            A score per module; nothing where no client answers.
+
+        Raises:
+            ValueError: if there is no hold-out and the query asks for it.
+        """
+        if query.on == "holdout":
+            if self.holdout is None:
+                raise ValueError("there is no hold-out to measure importance on: see data.importance")
+            return self._measured(query, state, self.holdout, np.arange(len(self.holdout.labels)))
+        total: dict[str, float] = {}
+        weight = 0
+        for client in sorted(query.cohort):
+            own = self.shares[client]
+            if len(own) and self._answers(client, query.round):
+                found = self._measured(query, state, self.data, own, client)
+                total = {name: total.get(name, 0.0) + len(own) * score for name, score in found.items()}
+                weight += len(own)
+        return {name: score / weight for name, score in total.items()}
+
+    def _measured(
+        self, query: Query, state: ServerState, data: Examples, indices: Indices, *who: Client
+    ) -> dict[str, float]:
+        rng = stream(query.seed, "importance", query.round, *who)
+        if query.samples is not None and query.samples < len(indices):
+            indices = rng.choice(indices, query.samples, replace=False)
+        return importance(self.base, state, data, indices, query, rng)
+
+    def _answers(self, client: Client, round_: int) -> bool:
+        return not self.absent or bool(stream(self.seed, "absent", round_, client).random() >= self.absent)

@@ -71,7 +71,7 @@ def on_this_machine(experiment: Experiment) -> Experiment:
 
 
 def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str, Split]]:
-    """The frozen model with a head for the data's classes, and the three splits prepared for it."""
+    """The frozen model with a head for the data's classes, and the splits prepared for it."""
     config = experiment.model
     if config.quantize is not None:
         raise ConfigError(f"model.quantize: {config.quantize}: plans account for it, but it cannot be run yet")
@@ -90,6 +90,8 @@ def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str,
         tokens=config.max_length,
     )
     sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    if dataset.importance is not None:
+        sources["importance"] = dataset.importance
     splits: dict[str, Split] = {}
     if dataset.kind == "text":
         text = hf.text_processor(name, config.max_length)
@@ -123,6 +125,7 @@ def build(experiment: Experiment) -> World:
         spec=spec,
         absent=experiment.absent,
         seed=experiment.seed,
+        holdout=splits.get("importance"),
     )
     return World(base, spec, rank, simulator, method, splits, first_state(experiment, base, rank))
 

@@ -73,12 +73,17 @@ class DataCommon(Strict):
         partition: how the training data is split among them.
         hold_out: share of the training data held out for validation, where the data has no validation split.
         limit: largest number of examples per split, for example ``{train: 2000}``.
+        importance: how many training examples the server keeps, and no client gets, to measure on which layers matter;
+            None: as many as the method's scorer measures on its hold-out (its `samples`), none where it has no use
+            for one. They are drawn from a stream of their own before the data is partitioned: methods that are
+            compared train on the same examples if all name the same number.
     """
 
     clients: Count | None = None
     partition: table_type(PARTITIONERS) = Field(default_factory=lambda: {"name": "iid"}, validate_default=True)  # type: ignore[valid-type]
     hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     limit: dict[Literal["train", "validation", "test"], Count] = Field(default_factory=dict)
+    importance: Count | None = None
 
 
 class Group(Strict):

@@ -12,15 +12,15 @@ import torch
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import NoFormulaError, download_bytes, memory, round_seconds, task_memory, upload_bytes
-from polyrank.core.federate import plan
+from polyrank.core.federate import plan, scored
 from polyrank.core.lowrank import Adapter, Factors, LowRank, nbytes
 from polyrank.core.method import Method
-from polyrank.core.types import Budget, ClientProfile, ServerState, Task
+from polyrank.core.types import Budget, ClientProfile, Query, ServerState, Task
 from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
-from polyrank.experiment.shares import group_sizes
+from polyrank.experiment.shares import group_sizes, kept_for_importance
 from polyrank.experiment.tables import DATASETS
 
 _MOST_RANKS = 1024  # of a curve that is drawn
@@ -45,7 +45,8 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     sizes = group_sizes(experiment.fleet, experiment.data.clients) if experiment.data.clients else [None] * len(names)
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
     keys = [f"{index:06d}" for index in range(len(names))]
-    phases = _phases(experiment, method, spec, rank, dict(zip(keys, budgets, strict=True)))
+    phases, unscored = _phases(experiment, method, spec, rank, dict(zip(keys, budgets, strict=True)))
+    notes += _boost(experiment, method) + unscored
     groups = [
         {
             "name": name,
@@ -97,13 +98,26 @@ def _examples(experiment: Experiment) -> tuple[int | None, list[str]]:
     if known is None or clients is None:
         return None, ["the data was not looked at: seconds are those of messages alone"]
     limit = experiment.data.limit.get("train")
-    return max(min(known, limit or known) // clients, 1), []
+    return max((min(known, limit or known) - kept_for_importance(experiment)) // clients, 1), []
+
+
+def _boost(experiment: Experiment, method: Method) -> list[str]:
+    """That a method overspends its budget, and until when."""
+    if method.boost is None or not method.boost.rounds:
+        return []
+    last = min(method.boost.rounds, experiment.rounds)
+    times = f"{method.boost.factor} times its budget in rounds 1-{last}"
+    return [f"{experiment.method.name} trains {times}, where the server's ranks allow it"]
 
 
 def _phases(
     experiment: Experiment, method: Method, spec: ModelSpec, rank: int, budgets: Mapping[str, Budget]
-) -> list[tuple[int, Factors, dict[str, Task]]]:
-    """For each choice of factors the method makes: the first round with it, and its tasks. Tensors have no content."""
+) -> tuple[list[tuple[int, Factors, dict[str, Task]]], list[str]]:
+    """For each choice of factors the method makes: the first round with it, and its tasks. Tensors have no content.
+
+    A boosted warm-up counts as a choice of its own. Layers whose importance only a run can tell are taken for alike,
+    and a note says so.
+    """
     scale = (experiment.model.alpha or rank) / rank
     layers = {
         name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
@@ -113,15 +127,25 @@ def _phases(
     state = ServerState(0, Adapter(layers, head))
     if not spec.head_trained:
         state = ServerState(0, Adapter(layers), Adapter({}, head))
-    local, seen, phases = experiment.local_training(), set(), []
+    local, seen, phases, asked = experiment.local_training(), set(), [], []
+
+    def alike(query: Query, state: ServerState) -> dict[str, float]:
+        asked.append(query)
+        return dict.fromkeys(spec.modules, 1.0)
+
+    learnt = ServerState(0, Adapter())  # nothing, as far as a scorer can see
     for round_ in range(experiment.rounds):
+        learnt = scored(method, replace(learnt, round=round_), list(budgets), spec, experiment.seed, alike)
         factors = method.factors(round_)
-        if factors not in seen:
-            seen.add(factors)
-            now = replace(state, round=round_)
+        choice = factors, method.boost is not None and round_ < method.boost.rounds
+        if choice not in seen:
+            seen.add(choice)
+            now = replace(state, round=round_, scores=learnt.scores, memory=learnt.memory)
             tasks = plan(method, now, budgets, list(budgets), spec, local, experiment.seed)
             phases.append((round_, factors, tasks))
-    return phases
+    unscored = asked or not any(learnt.scores.values())
+    note = "importance is measured in the run; the ranks shown are those of equal scores"
+    return phases, [note] if unscored else []
 
 
 def _budget(budget: Budget, server: int) -> dict[str, Any]:

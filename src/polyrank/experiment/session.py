@@ -52,6 +52,7 @@ class Session:
             cohort=e.cohort,
             errors=e.evaluate.aggregation,
             seed=e.seed,
+            measure=world.simulator.measure,
         )
         started = time.monotonic()
         for state, record in steps:

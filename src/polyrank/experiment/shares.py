@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile
-from polyrank.data import DataError, Dataset, Partition, hold_out, limit
-from polyrank.experiment.components import parameters
-from polyrank.experiment.config import Experiment, Group
+from polyrank.data import DataError, Dataset, Partition, hold_out, limit, set_apart
+from polyrank.experiment.components import describe, parameters
+from polyrank.experiment.config import ConfigError, Experiment, Group
 from polyrank.experiment.planning import profile_of
-from polyrank.experiment.tables import DATASETS, PARTITIONERS
+from polyrank.experiment.tables import DATASETS, PARTITIONERS, SCORERS
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Shares:
 def share_data(experiment: Experiment) -> Shares:
     """Loads the data set, holds out validation, and splits the training data among the clients.
 
+    What the server keeps to measure importance on is set apart first.
+
     Every step draws from its own stream of the seed alone, so every method of a comparison sees the same split.
     """
     config, seed = experiment.data, experiment.seed
@@ -39,6 +41,8 @@ def share_data(experiment: Experiment) -> Shares:
     dataset = DATASETS[config.name](**options)
     dataset = hold_out(dataset, config.hold_out, stream(seed, "hold-out"))
     dataset = limit(dataset, config.limit, stream(seed, "limit"))
+    if kept := kept_for_importance(experiment):
+        dataset = set_apart(dataset, kept, stream(seed, "importance"))
     chosen = config.partition
     keywords = {key: getattr(chosen, key) for key in parameters(PARTITIONERS[chosen.name])}
     try:
@@ -48,6 +52,24 @@ def share_data(experiment: Experiment) -> Shares:
     width = len(str(len(partition) - 1))
     names = partition.names or tuple(f"client_{i:0{width}d}" for i in range(len(partition)))
     return Shares(dataset, partition, tuple(names))
+
+
+def kept_for_importance(experiment: Experiment) -> int:
+    """How many training examples the server keeps: those that the file names, or that the method's scorer needs.
+
+    Raises:
+        ConfigError: if the scorer takes all there are and the file does not say how many.
+    """
+    if experiment.data.importance is not None:
+        return int(experiment.data.importance)
+    scorer = describe(SCORERS, experiment.build_method().score)
+    if scorer.get("on") != "holdout":
+        return 0
+    if scorer.get("samples") is None:
+        raise ConfigError(
+            f"data.importance: missing; method.score, {scorer['name']}, measures on all that the server keeps"
+        )
+    return int(scorer["samples"])
 
 
 def group_sizes(fleet: list[Group], clients: int) -> list[int]:

@@ -25,7 +25,8 @@ class Attachment:
     """An adapter attached to a model: call it on a batch to get logits.
 
     Attributes:
-        A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained).
+        A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained). With copies,
+            A is b x r x d_in and B is b x d_out x r, and row i of a batch runs through copy i.
         dense: the dense parameters by name, likewise.
         fixed: dense parameters that only run.
         frozen: low-rank layers that only run.
@@ -73,6 +74,7 @@ def attached(
     dropout: float = 0.0,
     rng: np.random.Generator | None = None,
     blocks: Sequence[nn.Module] = (),
+    copies: int | None = None,
 ) -> Iterator[Attachment]:
     """Attaches `adapter` in training and `frozen` beside it, until the context ends.
 
@@ -86,11 +88,13 @@ def attached(
         dropout: probability that an input element of A is dropped.
         rng: draws the dropout masks.
         blocks: transformer blocks that keep their inputs only and run again in the backward pass.
+        copies: a copy of every layer of `adapter` for each of so many examples, so that one backward pass leaves the
+            gradient of each; None: one for all.
     """
     trains = factors or ""
     live = Attachment(
-        A={name: _leaf(x.A, device, "A" in trains) for name, x in adapter.layers.items()},
-        B={name: _leaf(x.B, device, "B" in trains) for name, x in adapter.layers.items()},
+        A={name: _leaf(x.A, device, "A" in trains, copies) for name, x in adapter.layers.items()},
+        B={name: _leaf(x.B, device, "B" in trains, copies) for name, x in adapter.layers.items()},
         dense={name: _leaf(tensor, device, factors is not None) for name, tensor in adapter.dense.items()},
         fixed={name: tensor.to(device) for name, tensor in frozen.dense.items()},
         frozen={n: LowRank(_leaf(x.A, device), _leaf(x.B, device), x.scale) for n, x in frozen.layers.items()},
@@ -114,10 +118,19 @@ def attached(
             handle.remove()
 
 
-def _leaf(tensor: Tensor, device: torch.device, trained: bool = False) -> Tensor:
+def _leaf(tensor: Tensor, device: torch.device, trained: bool = False, copies: int | None = None) -> Tensor:
     # Row-major, whatever it was: products of other layouts round differently, and files and wires keep none.
     copy = tensor.detach().to(device, torch.float32, copy=True).contiguous()
-    return copy.requires_grad_(trained)
+    return (copy if copies is None else copy.expand(copies, *copy.shape)).requires_grad_(trained)
+
+
+def _product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """B (A x) of every position, with one A and B for all examples or one for each."""
+    if A.ndim == 2:
+        return F.linear(F.linear(x, A), B)
+    # Positions of an example side by side; a pooler sees one an example, and some models flatten (b, T, d) themselves.
+    rows = x.reshape(A.shape[0], -1, x.shape[-1])
+    return (rows @ A.mT @ B.mT).reshape(*x.shape[:-1], B.shape[1])
 
 
 def _hook(
@@ -135,7 +148,7 @@ def _hook(
             scale = live.scales[name]
             if masks is not None:
                 x, scale = masks.drop(name, x), scale / (1.0 - masks.probability)
-            update = update + F.linear(F.linear(x, live.A[name]), live.B[name]) * scale
+            update = update + _product(x, live.A[name], live.B[name]) * scale
         return output + update.to(output.dtype)
 
     return add

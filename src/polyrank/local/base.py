@@ -101,6 +101,7 @@ class Base:
         dropout: float = 0.0,
         rng: np.random.Generator | None = None,
         checkpointing: bool = False,
+        copies: int | None = None,
     ) -> AbstractContextManager[Attachment]:
         """The base with `adapter` in training and `frozen` beside it, until the context ends.
 
@@ -111,12 +112,12 @@ class Base:
             dropout: probability that an input element of A is dropped.
             rng: draws the dropout masks.
             checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
+            copies: a copy of the factors for each of so many examples, for gradients of each; None: one for all.
         """
         lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapter.layers), default=0)
         again = [self.modules[name] for name in self.blocks[lowest:]] if checkpointing and factors else []
-        return attached(
-            self.modules, self._logits, self.device, adapter, frozen or Adapter(), factors, dropout, rng, again
-        )
+        world = self.modules, self._logits, self.device
+        return attached(*world, adapter, frozen or Adapter(), factors, dropout, rng, again, copies)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with: the batch without its labels, on the model's device."""

@@ -82,7 +82,7 @@ def evaluate(
     everything = np.arange(len(data.labels)) if indices is None else indices
     correct, loss = 0, 0.0
     with torch.inference_mode():
-        for chosen in _by_length(everything, data.lengths, tokens):
+        for chosen in by_length(everything, data.lengths, tokens):
             batch = data.batch(chosen)
             logits = predict(batch).float().cpu()
             correct += int((logits.argmax(-1) == batch["labels"]).sum())
@@ -180,10 +180,11 @@ def _with_frozen_factor(adapter: Adapter, task: Task) -> Adapter:
     return Adapter(layers, adapter.dense)
 
 
-def _by_length(indices: Indices, lengths: Indices, tokens: int) -> Iterator[Indices]:
+def by_length(indices: Indices, lengths: Indices, tokens: int, most: int | None = None) -> Iterator[Indices]:
+    """Batches of examples of similar length: at most `tokens` positions each, and `most` examples."""
     order = indices[np.argsort(lengths[indices], kind="stable")[::-1]]
     start = 0
     while start < len(order):
-        size = max(1, tokens // int(max(lengths[order[start]], 1)))
+        size = max(1, min(tokens // int(max(lengths[order[start]], 1)), most or len(order)))
         yield order[start : start + size]
         start += size
