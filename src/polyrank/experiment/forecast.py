@@ -15,24 +15,32 @@ from polyrank.core.costs import NoFormulaError, download_bytes, memory, round_se
 from polyrank.core.federate import plan, scored
 from polyrank.core.lowrank import Adapter, Factors, LowRank, nbytes
 from polyrank.core.method import Method
-from polyrank.core.types import Budget, ClientProfile, Query, ServerState, Task
+from polyrank.core.types import Budget, Client, ClientProfile, Query, ServerState, Task
 from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
-from polyrank.experiment.shares import group_sizes, kept_for_importance
+from polyrank.experiment.shares import client_names, group_sizes, kept_for_importance
 from polyrank.experiment.tables import DATASETS
 
 _MOST_RANKS = 1024  # of a curve that is drawn
+_MOST_CLIENTS = 200  # that are planned one by one
 
 
-def forecast(experiment: Experiment) -> dict[str, Any]:
+def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The plan of an experiment.
+
+    Args:
+        experiment: what is to be run.
+        scores: importance per layer, as an earlier run measured it; None: layers whose importance only a run can tell
+            are taken for alike.
 
     Returns:
         ``model`` (what costs are computed from), ``server_rank``, ``groups`` (one object a device group: its budget
-        and the limits behind it, its first ranks by layer, memory by part, traffic and seconds by what is trained),
-        ``curves`` (budget against memory and link speed), ``notes`` and ``seconds`` (that planning took).
+        and the limits behind it; of its first client the ranks by layer, memory by part, traffic and seconds by what is
+        trained), ``clients`` (each client's first ranks), ``blocks`` (of the adapted modules), ``scores``,
+        ``trained`` (parameters that all clients together train, by what is trained), ``curves`` (budget against memory
+        and link speed), ``notes`` and ``seconds`` (that planning took).
     """
     started = time.perf_counter()
     method = experiment.build_method()
@@ -42,11 +50,11 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     rank = server_rank(experiment, budgets)
     examples, notes = _examples(experiment)
     names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
-    sizes = group_sizes(experiment.fleet, experiment.data.clients) if experiment.data.clients else [None] * len(names)
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
-    keys = [f"{index:06d}" for index in range(len(names))]
-    phases, unscored = _phases(experiment, method, spec, rank, dict(zip(keys, budgets, strict=True)))
+    sizes, clients = _clients(experiment)
+    phases, unscored = _phases(experiment, method, spec, rank, {c: budgets[g] for c, g in clients.items()}, scores)
     notes += _boost(experiment, method) + unscored
+    firsts = [next((c for c, of in clients.items() if of == g), "") for g in range(len(names))]
     groups = [
         {
             "name": name,
@@ -60,18 +68,49 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
             **_tasks(key, phases, spec, profile, timed=bool(examples)),
         }
         for key, name, size, group, profile, budget in zip(
-            keys, names, sizes, experiment.fleet, profiles, budgets, strict=True
+            firsts, names, sizes, experiment.fleet, profiles, budgets, strict=True
         )
     ]
+    _, _, first = phases[0]
     return {
         "model": _model(experiment, spec),
         "method": experiment.method.name,
         "server_rank": rank,
         "groups": groups,
+        "clients": [
+            {"name": client, "group": names[group], "ranks": _ranks(first.get(client))}
+            for client, group in clients.items()
+        ],
+        "blocks": {name: spec.blocks.get(name) for name in spec.modules},
+        "scores": dict(scores) if scores is not None else None,
+        "trained": [
+            {
+                "round": round_,
+                "factors": factors,
+                "parameters": sum(upload_bytes(spec, _ranks(task), factors) // 4 for task in tasks.values()),
+            }
+            for round_, factors, tasks in phases
+        ],
         "curves": _curves(experiment, spec),
         "notes": notes + _warnings(groups),
         "seconds": round(time.perf_counter() - started, 4),
     }
+
+
+def _clients(experiment: Experiment) -> tuple[list[int | None], dict[Client, int]]:
+    """Clients per group, and each client's group; one client a group where they are too many or not known yet."""
+    fleet, count = experiment.fleet, experiment.data.clients
+    if count is None:
+        return [None] * len(fleet), {f"{group:06d}": group for group in range(len(fleet))}
+    sizes = group_sizes(fleet, count)
+    if count > _MOST_CLIENTS:
+        return [*sizes], {f"{group:06d}": group for group in range(len(fleet))}
+    groups = [group for group, size in enumerate(sizes) for _ in range(size)]
+    return [*sizes], dict(zip(client_names(count), groups, strict=True))
+
+
+def _ranks(task: Task | None) -> dict[str, int]:
+    return {} if task is None else {name: x.rank for name, x in task.adapter.layers.items()}
 
 
 def _model(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
@@ -111,7 +150,12 @@ def _boost(experiment: Experiment, method: Method) -> list[str]:
 
 
 def _phases(
-    experiment: Experiment, method: Method, spec: ModelSpec, rank: int, budgets: Mapping[str, Budget]
+    experiment: Experiment,
+    method: Method,
+    spec: ModelSpec,
+    rank: int,
+    budgets: Mapping[str, Budget],
+    scores: Mapping[str, float] | None,
 ) -> tuple[list[tuple[int, Factors, dict[str, Task]]], list[str]]:
     """For each choice of factors the method makes: the first round with it, and its tasks. Tensors have no content.
 
@@ -129,13 +173,13 @@ def _phases(
         state = ServerState(0, Adapter(layers), Adapter({}, head))
     local, seen, phases, asked = experiment.local_training(), set(), [], []
 
-    def alike(query: Query, state: ServerState) -> dict[str, float]:
+    def known(query: Query, state: ServerState) -> dict[str, float]:
         asked.append(query)
-        return dict.fromkeys(spec.modules, 1.0)
+        return dict.fromkeys(spec.modules, 1.0) if scores is None else dict(scores)
 
     learnt = ServerState(0, Adapter())  # nothing, as far as a scorer can see
     for round_ in range(experiment.rounds):
-        learnt = scored(method, replace(learnt, round=round_), list(budgets), spec, experiment.seed, alike)
+        learnt = scored(method, replace(learnt, round=round_), list(budgets), spec, experiment.seed, known)
         factors = method.factors(round_)
         choice = factors, method.boost is not None and round_ < method.boost.rounds
         if choice not in seen:
@@ -143,7 +187,7 @@ def _phases(
             now = replace(state, round=round_, scores=learnt.scores, memory=learnt.memory)
             tasks = plan(method, now, budgets, list(budgets), spec, local, experiment.seed)
             phases.append((round_, factors, tasks))
-    unscored = asked or not any(learnt.scores.values())
+    unscored = scores is None and (asked or not any(learnt.scores.values()))
     note = "importance is measured in the run; the ranks shown are those of equal scores"
     return phases, [note] if unscored else []
 
@@ -173,9 +217,8 @@ def _tasks(
     for round_, factors, tasks in phases:
         task = tasks[key]
         up, down = nbytes(task.adapter, factors), task.nbytes
-        ranks = {name: x.rank for name, x in task.adapter.layers.items()}
         seconds = round_seconds(
-            profile if timed else replace(profile, flops=None), spec, task.local, ranks, factors, down, up
+            profile if timed else replace(profile, flops=None), spec, task.local, _ranks(task), factors, down, up
         )
         traffic.append(
             {"round": round_, "factors": factors, "bytes_down": down, "bytes_up": up, "seconds": asdict(seconds)}
@@ -185,8 +228,7 @@ def _tasks(
         parts, peak = asdict(worst), worst.total
     except NoFormulaError:
         parts, peak = None, None
-    ranks = {name: x.rank for name, x in first.adapter.layers.items()}
-    return {"ranks": ranks, "peak": parts, "peak_memory": peak, "traffic": traffic}
+    return {"ranks": _ranks(first), "peak": parts, "peak_memory": peak, "traffic": traffic}
 
 
 def _warnings(groups: list[dict[str, Any]]) -> list[str]:

@@ -49,8 +49,7 @@ def share_data(experiment: Experiment) -> Shares:
         partition = PARTITIONERS[chosen.name](dataset.train, config.clients, stream(seed, "partition"), **keywords)
     except DataError as error:
         raise DataError(f"data.clients, data.partition: {error}") from None
-    width = len(str(len(partition) - 1))
-    names = partition.names or tuple(f"client_{i:0{width}d}" for i in range(len(partition)))
+    names = partition.names or client_names(len(partition))
     return Shares(dataset, partition, tuple(names))
 
 
@@ -70,6 +69,12 @@ def kept_for_importance(experiment: Experiment) -> int:
             f"data.importance: missing; method.score, {scorer['name']}, measures on all that the server keeps"
         )
     return int(scorer["samples"])
+
+
+def client_names(count: int) -> tuple[Client, ...]:
+    """Names of clients that have none of their own, in the order of their numbers."""
+    width = len(str(count - 1))
+    return tuple(f"client_{i:0{width}d}" for i in range(count))
 
 
 def group_sizes(fleet: list[Group], clients: int) -> list[int]:

@@ -100,6 +100,17 @@ class Run:
         """The checkpoint after a round, replacing the one before."""
         write_bytes(self.checkpoint, pack(state))
 
+    def scores(self) -> dict[str, float]:
+        """Importance per layer as last measured.
+
+        Raises:
+            RunError: if the run has not measured any.
+        """
+        found = dict(unpack(self.checkpoint).scores) if self.checkpoint.is_file() else {}
+        if not found:
+            raise RunError(f"{self.folder}: has measured no importance yet")
+        return found
+
     def restore(self) -> ServerState | None:
         """The last checkpoint, or None before the first; records of later rounds and half-written files are dropped."""
         sweep(self.folder)

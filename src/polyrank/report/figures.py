@@ -10,6 +10,7 @@ import numpy as np
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_MOST_ROWS = 60
 
 
 def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: list[str], title: str) -> None:
@@ -54,9 +55,12 @@ def plan_figure(path: Path, planned: Mapping[str, Any], title: str) -> None:
     Raises:
         ImportError: naming the extra to install, if matplotlib is missing.
     """
-    figure = _figure(15, 4.6)
-    by_memory, by_link, parts = figure.subplots(1, 3)
+    shown = planned["clients"][:_MOST_ROWS]
+    figure = _figure(15, 5.6 + 0.2 * len(shown))
+    above, below = figure.subfigures(2, 1, height_ratios=[4.4, 1.2 + 0.2 * len(shown)])
+    by_memory, by_link, parts = above.subplots(1, 3)
     figure.suptitle(title)
+    _rank_map(below.subplots(), planned, shown)
     groups, curves = planned["groups"], planned["curves"]
     colors = {group["name"]: _COLORS[index % len(_COLORS)] for index, group in enumerate(groups)}
     most = max((group["memory"] or 0 for group in groups), default=0)
@@ -83,6 +87,21 @@ def plan_figure(path: Path, planned: Mapping[str, Any], title: str) -> None:
         axes.legend(fontsize=8, loc=place)
     _stacked_memory(parts, groups)
     _save(figure, path)
+
+
+def _rank_map(axes, planned: Mapping[str, Any], clients) -> None:
+    """Ranks in round 1, clients x adapted modules: what a client does not train is blank."""
+    modules = list(planned["blocks"])
+    ranks = np.array([[client["ranks"].get(name, 0) for name in modules] for client in clients], float)
+    image = axes.imshow(np.ma.masked_equal(ranks, 0), cmap="viridis", aspect="auto", interpolation="nearest", vmin=0)
+    _ticks(axes.set_yticks, [f"{client['name']} ({client['group']})" for client in clients], _MOST_ROWS)
+    blocks = ["-" if block is None else str(block) for block in planned["blocks"].values()]
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
+    axes.set_xticks([start - 0.5 for start in starts], [blocks[start] for start in starts], fontsize=8, ha="left")
+    axes.grid(axis="x", color="white", linewidth=1.5)
+    axes.set_xlabel("adapted modules, by block")
+    axes.set_title("ranks in round 1", fontsize=10)
+    axes.figure.colorbar(image, ax=axes, label="rank", pad=0.01)
 
 
 def _stacked_memory(axes, groups) -> None:

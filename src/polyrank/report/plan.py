@@ -29,10 +29,16 @@ def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
     yield _memory(groups)
     yield ""
     yield _traffic(groups)
-    if any(len(set(group["ranks"].values())) > 1 for group in groups):
+    if planned["scores"]:
         yield ""
-        yield _ranks(groups)
+        yield _importance(planned)
+    if any(len(set(cell)) > 1 for cell in _by_block(planned).values()):
+        yield ""
+        yield _ranks(planned)
     yield ""
+    for entry in planned["trained"]:
+        what = {"AB": "A and B", "A": "A alone", "B": "B alone"}[entry["factors"]]
+        yield f"from round {entry['round'] + 1}, {what}: {entry['parameters']:,} parameters trained by all clients"
     for note in planned["notes"]:
         yield f"note: {note}"
     yield f"planned in {planned['seconds']:.2f} s"
@@ -121,19 +127,43 @@ def _traffic(groups: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _ranks(groups: Sequence[Mapping[str, Any]]) -> Table:
-    """Ranks by layer where they differ."""
-    table = _table("first ranks", *(group["name"] for group in groups))
-    names = list(dict.fromkeys(name for group in groups for name in group["ranks"]))
-    for name in names:
-        table.add_row(name, *(str(group["ranks"].get(name, "·")) for group in groups))
+def _by_block(planned: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Each group's ranks in each block: one number where its modules are alike, none where it trains nothing there."""
+    blocks: dict[str, list[str]] = {}
+    for name, block in planned["blocks"].items():
+        blocks.setdefault("elsewhere" if block is None else f"block {block}", []).append(name)
+
+    def cell(group: Mapping[str, Any], names: Sequence[str]) -> str:
+        found = [group["ranks"].get(name, 0) for name in names]
+        return ", ".join(map(str, dict.fromkeys(found))) if any(found) else "·"
+
+    return {block: [cell(group, names) for group in planned["groups"]] for block, names in blocks.items()}
+
+
+def _importance(planned: Mapping[str, Any]) -> Table:
+    """Importance by block, as a share of the whole."""
+    blocks: dict[Any, float] = {}
+    for name, block in planned["blocks"].items():
+        blocks[block] = blocks.get(block, 0.0) + planned["scores"].get(name, 0.0)
+    total = sum(blocks.values()) or 1.0
+    table = _table("importance", "share", "")
+    for block, score in blocks.items():
+        bar = "█" * round(40 * score / max(blocks.values()))
+        table.add_row("elsewhere" if block is None else f"block {block}", f"{score / total:.1%}", f"[dim]{bar}[/]")
+    return table
+
+
+def _ranks(planned: Mapping[str, Any]) -> Table:
+    table = _table("ranks in round 1", *(group["name"] for group in planned["groups"]))
+    for block, cells in _by_block(planned).items():
+        table.add_row(block, *cells)
     return table
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 or name in ("limit", "part") else "right")
+        table.add_column(name, justify="left" if index == 0 or name in ("limit", "part", "") else "right")
     return table
 
 

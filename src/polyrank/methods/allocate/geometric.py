@@ -46,6 +46,11 @@ def coverage(pattern: Pattern, layers: int, groups: Sequence[int]) -> list[int]:
     return [sum(layer in group for group in trained) for layer in range(layers)]
 
 
+def prior(pattern: Pattern, layers: int, groups: Sequence[int] | None) -> list[int]:
+    """The weights with which blocks are drawn around a pattern; without `groups`, a half, three quarters and all."""
+    return coverage(pattern, layers, groups or [-(-layers // 2), -(-3 * layers // 4), layers])
+
+
 def geometric(
     budget: int,
     caps: Ranks,
@@ -123,7 +128,7 @@ def random_geometric(
     caps = held_to(rank, caps)
     blocks = blocks_of(caps, scores, spec)
     total = len(blocks)
-    weights = coverage(pattern, total, groups or [-(-total // 2), -(-3 * total // 4), total])
+    weights = prior(pattern, total, groups)
     free = [i for i in range(total) if blocks[i].cap > 0]
     drawn = successive([weights[i] for i in free], affordable(budget, [blocks[i] for i in free]), rng)
     return equally(budget, [blocks[free[i]] for i in drawn], caps)

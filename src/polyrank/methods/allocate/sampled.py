@@ -13,6 +13,7 @@ from polyrank.core.method import Positive, Ranks
 from polyrank.core.types import ModelSpec
 from polyrank.methods.allocate.blocks import affordable, blocks_of, equally, held_to
 from polyrank.methods.allocate.draw import successive, tiers
+from polyrank.methods.allocate.geometric import Pattern, prior
 from polyrank.methods.allocate.proportional import by_score
 from polyrank.methods.allocate.split import Floor, Leftover
 
@@ -32,6 +33,8 @@ def sampled(
     floor: Floor = 1,
     cap: Positive | None = None,
     leftover: Leftover = "largest_remainder",
+    pattern: Pattern | None = None,
+    groups: list[Positive] | None = None,
 ) -> dict[str, int]:
     """Few blocks, drawn by importance, at a high rank each, in place of all blocks at a low one.
 
@@ -54,6 +57,9 @@ def sampled(
         floor: the least rank of a drawn block, for ``proportional``.
         cap: the largest rank of a block, beside `caps`.
         leftover: what becomes of the rest, for ``proportional`` (see `proportional`).
+        pattern: around which blocks are drawn as long as all scores are alike, that is before importance is measured
+            (Fed-HeLLo's warm start); None: uniformly.
+        groups: how many blocks each group of clients trains, for `pattern` (see `random_geometric`).
 
     References:
         HRALoRA, CCGrid 2026 (``within="proportional"``). Zhang et al., Fed-HeLLo: Efficient Federated Foundation
@@ -69,7 +75,11 @@ def sampled(
         count = affordable(budget, blocks, rank)
     else:
         count = layers if isinstance(layers, int) else math.ceil(layers * len(blocks))
-    weights = [tier + 1 for tier in tiers([block.score for block in blocks])]
+    found = [block.score for block in blocks]
+    if pattern is not None and len(set(found)) <= 1:
+        weights = prior(pattern, len(blocks), groups)
+    else:
+        weights = [tier + 1 for tier in tiers(found)]
     drawn = [blocks[i] for i in successive(weights, count, rng)]
     if within == "uniform":
         return equally(budget, drawn, caps)

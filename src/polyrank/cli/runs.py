@@ -1,0 +1,131 @@
+"""Runs: ``polyrank run``, ``resume`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, out
+
+if TYPE_CHECKING:
+    from polyrank.experiment.session import Session
+    from polyrank.experiment.store import Run
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="An experiment; the embedded digits one if left out.")] = None,
+    set_: Set = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME if left out.")] = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Run an experiment and write its adapter, records and summary to a folder."""
+    with mistakes():
+        from polyrank.experiment.build import build, on_this_machine
+        from polyrank.experiment.loading import load
+        from polyrank.experiment.session import Session
+        from polyrank.experiment.store import Run, check_free, free_folder
+
+        path = file or embedded("digits.yaml")
+        if folder is not None:
+            check_free(folder)
+        experiment = on_this_machine(load(path, set_))
+        world = build(experiment)  # all that the file asks for has been found to work before a folder is made
+        stored = Run.create(folder or free_folder(path.stem), experiment)
+        _drive(Session(stored, world), quiet, json_)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")],
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Continue an interrupted run; the result is the same as without the interruption."""
+    with mistakes():
+        from polyrank.experiment.session import Session
+        from polyrank.experiment.store import Run
+
+        stored = Run.open(folder)
+        finished = stored.summary()
+        if finished is None:
+            _drive(Session(stored), quiet, json_)
+        else:
+            _report(stored, finished, quiet, json_)
+
+
+def _drive(session: Session, quiet: bool, json_: bool) -> None:
+    """Runs a session to its end, showing rounds as they end."""
+    from polyrank.report.terminal import Progress, headline
+
+    silent = quiet or json_
+    try:
+        if not silent:
+            out.print(headline(session), highlight=False, soft_wrap=True)
+        rounds, done = session.experiment.rounds, session.state.round
+        with Progress(out, rounds, done, silent=silent).shown() as progress:
+            for record, seconds in session.rounds():
+                progress.add(asdict(record), seconds)
+        if not silent and session.experiment.baselines:
+            out.print(f"training the baselines: {', '.join(session.experiment.baselines)}", highlight=False)
+        summary = session.finish()
+    except KeyboardInterrupt:
+        done, folder = session.state.round, session.run.folder
+        err.print(f"interrupted after round {done}; continue with: polyrank resume {folder}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    _report(session.run, summary, quiet, json_)
+
+
+def _report(stored: Run, summary: dict[str, Any], quiet: bool, json_: bool) -> None:
+    """Prints what a finished run reached."""
+    from polyrank.report.terminal import outcome, results_table
+
+    if json_:
+        print(json.dumps({"run": str(stored.folder), **summary}))
+    elif not quiet:
+        out.print(results_table(summary))
+        out.print(outcome(summary, stored.adapter), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    best: Annotated[
+        bool, typer.Option("--best", help="The validation-selected adapter instead of the final one.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Evaluate a run's exported adapter, loaded onto the base model by PEFT itself."""
+    with mistakes():
+        from polyrank.experiment.build import build
+        from polyrank.experiment.components import did_you_mean
+        from polyrank.experiment.config import ConfigError
+        from polyrank.experiment.store import Run, RunError
+        from polyrank.local.adapters import AdapterError, read_adapter
+        from polyrank.local.hf import load_exported
+        from polyrank.local.trainer import evaluate as measure
+
+        stored = Run.open(folder)
+        splits = ("train", "validation", "test")
+        if split not in splits:
+            raise ConfigError(f"--split: {split!r} is unknown.{did_you_mean(split, splits)}")
+        adapter = stored.best if best else stored.adapter
+        if not adapter.is_dir():
+            raise RunError(f"{folder}: has no {adapter.name}/ yet; `polyrank resume {folder}` finishes the run")
+        layers = read_adapter(adapter)[0].layers
+        world = build(stored.experiment())
+        for name in sorted(layers.keys() - world.base.modules.keys()):
+            raise AdapterError(f"{adapter}: layer {name} is none of the model's modules: another model?")
+        metrics = measure(load_exported(world.base, adapter), world.splits[split])
+        if json_:
+            print(json.dumps({"run": str(folder), "adapter": str(adapter), "split": split, **metrics}))
+        else:
+            out.print(
+                f"{split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} ({adapter})", highlight=False
+            )
