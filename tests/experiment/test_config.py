@@ -458,3 +458,12 @@ def test_plans_read_the_config_and_runs_the_name(tmp_path: Path, digits_config: 
     assert list(spec.modules.values()) == [(16, 16)]
     assert spec.architecture.classes == 2
     assert experiment.resolved()["model"]["name"] == "some/model"
+
+
+def test_overriding_one_option_of_an_answer_keeps_what_the_method_s_options_made_of_it(digits_config: Config) -> None:
+    section = {"name": "hralora", "rank": 3, "every": 7, "allocate": {"leftover": "highest"}, "score": {"form": "norm"}}
+    method = parsed(changed(digits_config, "method", section)).resolved()["method"]
+    assert (method["allocate"]["rank"], method["allocate"]["leftover"]) == (3, "highest")
+    assert (method["score"]["every"], method["score"]["form"]) == (7, "norm")
+    with pytest.raises(ConfigError, match=r"method\.every: 0 "):
+        parsed(changed(digits_config, "method", {"name": "hralora", "every": 0, "score": {"form": "norm"}}))

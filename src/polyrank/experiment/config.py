@@ -153,13 +153,22 @@ def _named_slots(value: Any) -> Any:
         return {"name": value}
     if not isinstance(value, dict) or value.get("name") not in METHODS:
         return value
-    method, filled = METHODS[value["name"]](), dict(value)
+    method, filled = _as_asked(value), dict(value)
     for slot, table in SLOTS.items():
         given = value.get(slot)
         if isinstance(given, dict):
             own = describe(table, getattr(method, slot))
             filled[slot] = {**own, **given} if given.get("name", own["name"]) == own["name"] else given
     return filled
+
+
+def _as_asked(value: dict[str, Any]) -> Method:
+    """The method with the options that the file gives, so that overriding one option of an answer keeps the others."""
+    function = METHODS[value["name"]]
+    try:
+        return function(**{key: value[key] for key in parameters(function) if key in value})
+    except (TypeError, ValueError):  # validation will say what is wrong with them
+        return function()
 
 
 MethodConfig = Annotated[union_of(_method_model(name) for name in METHODS), BeforeValidator(_named_slots)]

@@ -73,12 +73,16 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _laid_over(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key, unless `second` names another component; anything else is replaced."""
+    """Sections are merged key by key, unless `second` names another component; anything else is replaced.
+
+    The name of a model is a value like others: its targets and ranks stay.
+    """
     merged = dict(first)
     for key, value in second.items():
         old = first.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _laid_over(old, value) if both and value.get("name") in (None, old.get("name")) else value
+        same = key == "model" or (both and value.get("name") in (None, old.get("name")))
+        merged[key] = _laid_over(old, value) if both and same else value
     return merged
 
 
