@@ -7,8 +7,8 @@
     factors     round                              -> "A", "B" or "AB"
     aggregate   state, updates, rng                -> state
 
-Each answer is a plain function whose keyword-only parameters are its options. `penalty` and `dense` are data: the
-terms a client adds to its loss, and what becomes of the head.
+Each answer is a plain function whose keyword-only parameters are its options. `penalty`, `dense`, `form` and `rank` are
+data: the terms a client adds to its loss, what becomes of the head, and what the adapter is made of.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from polyrank.core.types import (
 
 Ranks = Mapping[str, int]
 Dense = Literal["size", "uniform", "freeze"]
+Form = Literal["lora", "lokr"]
 
 Positive = Annotated[int, Ge(1)]
 """An option that counts: at least 1."""
@@ -89,6 +90,10 @@ class Method:
         estimate, score, allocate, dispatch, factors, aggregate: see the module's docstring.
         penalty: terms a client adds to its loss (HetLoRA), or None.
         dense: the head is trained and averaged by ``size`` or ``uniform``ly, or ``freeze``: it stays as it started.
+            Other dense parameters are trained whatever becomes of the head.
+        form: what the first state is made of: ``lora``, low-rank layers that budgets are spent on, or ``lokr``,
+            Kronecker factors among the dense parameters, which every client that can afford anything trains whole.
+        rank: LoKr's r; None with ``lora``.
     """
 
     estimate: Estimate
@@ -99,3 +104,5 @@ class Method:
     aggregate: Aggregate
     penalty: TailPenalty | None = None
     dense: Dense = "size"
+    form: Form = "lora"
+    rank: int | None = None

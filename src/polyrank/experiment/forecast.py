@@ -13,6 +13,7 @@ import torch
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import NoFormulaError, download_bytes, memory, round_seconds, task_memory, upload_bytes
 from polyrank.core.federate import plan
+from polyrank.core.lokr import lokr_parameters
 from polyrank.core.lowrank import Adapter, Factors, LowRank, nbytes
 from polyrank.core.method import Method
 from polyrank.core.types import Budget, ClientProfile, ServerState, Task
@@ -22,6 +23,7 @@ from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
 from polyrank.experiment.shares import group_sizes
 from polyrank.experiment.tables import DATASETS
+from polyrank.local import lokr
 
 _MOST_RANKS = 1024  # of a curve that is drawn
 
@@ -104,15 +106,7 @@ def _phases(
     experiment: Experiment, method: Method, spec: ModelSpec, rank: int, budgets: Mapping[str, Budget]
 ) -> list[tuple[int, Factors, dict[str, Task]]]:
     """For each choice of factors the method makes: the first round with it, and its tasks. Tensors have no content."""
-    scale = (experiment.model.alpha or rank) / rank
-    layers = {
-        name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
-        for name, (d_out, d_in) in spec.modules.items()
-    }
-    head = {name: torch.empty(count, device="meta") for name, count in spec.head.items()}
-    state = ServerState(0, Adapter(layers, head))
-    if not spec.head_trained:
-        state = ServerState(0, Adapter(layers), Adapter({}, head))
+    state = _empty_state(experiment, method, spec, rank)
     local, seen, phases = experiment.local_training(), set(), []
     for round_ in range(experiment.rounds):
         factors = method.factors(round_)
@@ -122,6 +116,27 @@ def _phases(
             tasks = plan(method, now, budgets, list(budgets), spec, local, experiment.seed)
             phases.append((round_, factors, tasks))
     return phases
+
+
+def _empty_state(experiment: Experiment, method: Method, spec: ModelSpec, rank: int) -> ServerState:
+    """What `first_state` makes, on the meta device."""
+    head = {name: torch.empty(count, device="meta") for name, count in spec.head.items()}
+    layers: dict[str, LowRank] = {}
+    factors, scales = {}, {}
+    if method.form == "lokr":
+        assert method.rank is not None
+        shapes = lokr_parameters(spec.modules, method.rank)
+        factors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        scales = lokr.scales(spec.modules, (experiment.model.alpha or method.rank) / method.rank)
+    else:
+        scale = (experiment.model.alpha or rank) / rank
+        layers = {
+            name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
+            for name, (d_out, d_in) in spec.modules.items()
+        }
+    if not spec.head_trained:
+        return ServerState(0, Adapter(layers, factors), Adapter({}, {**head, **scales}))
+    return ServerState(0, Adapter(layers, {**head, **factors}), Adapter({}, scales))
 
 
 def _budget(budget: Budget, server: int) -> dict[str, Any]:
