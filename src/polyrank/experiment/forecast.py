@@ -32,9 +32,10 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     """The plan of an experiment.
 
     Returns:
-        ``model`` (what costs are computed from), ``server_rank``, ``groups`` (one object a device group: its budget
-        and the limits behind it, its first ranks by layer, memory by part, traffic and seconds by what is trained),
-        ``curves`` (budget against memory and link speed), ``notes`` and ``seconds`` (that planning took).
+        ``model`` (what costs are computed from), ``server_rank`` (LoKr's r where it is trained), ``groups`` (one object
+        a device group: its budget and the limits behind it, its first ranks by layer, memory by part, traffic and
+        seconds by what is trained), ``curves`` (budget against memory and link speed), ``notes`` and ``seconds`` (that
+        planning took).
     """
     started = time.perf_counter()
     method = experiment.build_method()
@@ -57,7 +58,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
             "uplink": profile.uplink,
             "downlink": profile.downlink,
             "flops": profile.flops,
-            **_budget(budget, rank),
+            **_budget(budget, rank if method.form == "lora" else None),
             **_tasks(key, phases, spec, profile, timed=bool(examples)),
         }
         for key, name, size, group, profile, budget in zip(
@@ -67,7 +68,7 @@ def forecast(experiment: Experiment) -> dict[str, Any]:
     return {
         "model": _model(experiment, spec),
         "method": experiment.method.name,
-        "server_rank": rank,
+        "server_rank": method.rank or rank,
         "groups": groups,
         "curves": _curves(experiment, spec),
         "notes": notes + _warnings(groups),
@@ -139,11 +140,11 @@ def _empty_state(experiment: Experiment, method: Method, spec: ModelSpec, rank: 
     return ServerState(0, Adapter(layers, {**head, **factors}), Adapter({}, scales))
 
 
-def _budget(budget: Budget, server: int) -> dict[str, Any]:
+def _budget(budget: Budget, server: int | None) -> dict[str, Any]:
     return {
         "budget": budget.total,
         "rank": budget.rank,
-        "limit": budget.limit if budget.rank <= server else "server rank",
+        "limit": budget.limit if server is None or budget.rank <= server else "server rank",
         "limits": [asdict(limit) for limit in budget.limits],
     }
 
