@@ -17,10 +17,12 @@ from torch import Tensor
 
 from polyrank.core.fake import FakeClients, echo
 from polyrank.core.federate import absorb, plan
+from polyrank.core.lokr import lokr_parameters
 from polyrank.core.lowrank import Adapter, LowRank, delta, norm
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
 from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.local import lokr
 from polyrank.methods import AGGREGATORS, METHODS
 from polyrank.methods.named import fedit
 
@@ -43,6 +45,7 @@ This page is written by `python docs/rules.py`, which measures every cell in flo
   result to a smaller rank is a further loss, the same for all rules that cut by singular value decomposition.
 - **gauge invariant**: the result does not change when a client writes the same update with other factors, B Q and
   Q^T A for an orthogonal Q. Where a round trains one factor, all clients share the other and nothing can be rotated.
+  For LoKr: with 2 w1 and w2 / 2.
 - **fixed point**: clients of unequal ranks that return what they were sent leave the server's model as it is.
   (At equal ranks every rule does; that is a law of the test suite.)
 - **streams**: the rule folds updates in one by one and holds none: its memory does not grow with the cohort.
@@ -60,9 +63,13 @@ COLUMNS = [
 ]
 
 
-def start(rank: int = FULL) -> ServerState:
-    """A server whose adapter has learnt something already."""
+def start(method: Method, rank: int = FULL) -> ServerState:
+    """A server whose adapter has learnt something already, in the form that the method trains."""
     generator = torch_generator(stream(0, "start"))
+    if method.form == "lokr":
+        shapes = lokr_parameters(SPEC.modules, method.rank)
+        dense = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        return ServerState(0, Adapter({}, dense))
     A = torch.randn(rank, SHAPE[1], generator=generator, dtype=torch.float64)
     B = torch.randn(SHAPE[0], rank, generator=generator, dtype=torch.float64)
     return ServerState(0, Adapter({"layer": LowRank(A, B, 2.0)}))
@@ -80,7 +87,9 @@ def profiles(ranks: Mapping[str, int]) -> dict[str, ClientProfile]:
 
 def model(*adapters: Adapter) -> Tensor:
     """What these adapters add to the base, together."""
-    return sum((delta(a.layers["layer"]) for a in adapters if "layer" in a.layers), torch.zeros(SHAPE))
+    low = sum((delta(a.layers["layer"]) for a in adapters if "layer" in a.layers), torch.zeros(SHAPE))
+    eye = torch.eye(SHAPE[1], dtype=torch.float64)
+    return low + sum(x(eye).T for a in adapters for x in lokr.grouped(a.dense).values())
 
 
 def server_model(state: ServerState) -> Tensor:
@@ -116,9 +125,16 @@ def gauge_dependence(method: Method, state: ServerState) -> float | None:
     if method.factors(state.round) != "AB":
         return None
     updates = list(FakeClients(profiles(UNEQUAL)).fit(tasks_of(method, state, UNEQUAL)))
-    turned = [replace(u, adapter=Adapter({"layer": rotated(u.adapter.layers["layer"], u.client)})) for u in updates]
+    turned = [replace(u, adapter=rewritten(u.adapter, u.client)) for u in updates]
     plain, other = (server_model(absorb(method, state, us, 0)) for us in (updates, turned))
     return error(other, plain)
+
+
+def rewritten(adapter: Adapter, client: str) -> Adapter:
+    """The same update by other factors; one client's, where a common change would be shared by all."""
+    layers = {name: rotated(x, client) for name, x in adapter.layers.items()}
+    factor = 2.0 if client == "a" else 1.0
+    return Adapter(layers, {n: t * factor if n.endswith("w1") else t / factor for n, t in adapter.dense.items()})
 
 
 def rotated(x: LowRank, client: str) -> LowRank:
@@ -143,27 +159,32 @@ def streams(method: Method, state: ServerState) -> bool:
     def watched() -> Iterator[Update]:
         for client, task in tasks.items():
             update = next(FakeClients(profiles(ranks)).fit({client: task}))
-            x = update.adapter.layers["layer"]
-            sent.append(weakref.ref(x.A if "A" in task.factors else x.B))
+            sent.append(weakref.ref(trained(update)))
             alive.append(sum(reference() is not None for reference in sent))
-            del x
             yield update
 
     absorb(method, state, watched(), 0)
     return max(alive) <= 2
 
 
+def trained(update: Update) -> Tensor:
+    """A tensor that the client trained."""
+    for x in update.adapter.layers.values():
+        return x.A if "A" in update.factors else x.B
+    return next(iter(update.adapter.dense.values()))
+
+
 def row(name: str, method: Method) -> str:
     # Two rounds: both turns of a method that alternates. The larger error counts.
-    states = [start(), replace(start(), round=1)]
+    states = [start(method), replace(start(method), round=1)]
     gauges = [gauge_dependence(method, state) for state in states]
-    shared = None in gauges
+    shared, ranks = None in gauges, method.form == "lora"
     cells = [
         verdict(max(inexact(method, state, EQUAL) for state in states)),
-        verdict(max(inexact(method, state, UNEQUAL) for state in states)),
+        verdict(max(inexact(method, state, UNEQUAL) for state in states)) if ranks else "has no ranks",
         "one factor is shared" if shared else verdict(max(g for g in gauges if g is not None)),
-        verdict(max(drift(method, state) for state in states)),
-        "yes" if streams(method, start()) else "no",
+        verdict(max(drift(method, state) for state in states)) if ranks else "has no ranks",
+        "yes" if streams(method, start(method)) else "no",
     ]
     return f"| `{name}` | {' | '.join(cells)} |"
 

@@ -20,7 +20,7 @@ from polyrank.methods import METHODS
 from polyrank.methods.named import fedit
 
 SHAPES = {"l0": (12, 10), "l1": (8, 10)}
-SPEC = ModelSpec(SHAPES)
+SPEC = ModelSpec(SHAPES, head={"head": 15})
 RANK = 6
 LOCAL = LocalTraining()
 PROFILES = {

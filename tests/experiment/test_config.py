@@ -56,6 +56,7 @@ def answers(method: Method) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield (slot, bound.func, bound.keywords) if isinstance(bound, partial) else (slot, bound, {})
     yield "penalty", method.penalty, {}
     yield "dense", method.dense, {}
+    yield "form", (method.form, method.rank), {}
 
 
 def same_method(one: Method, other: Method) -> bool:

@@ -45,3 +45,5 @@ def test_the_measurement_knows_what_the_literature_does(rules: ModuleType) -> No
     assert cells(rules, "rb_lora")[1].startswith("no, ")
     assert cells(rules, "fedit")[0].startswith("no, ")
     assert cells(rules, "fedit")[2].startswith("no, ")
+    assert cells(rules, "lokr")[0].startswith("no, ")
+    assert cells(rules, "lokr")[1] == cells(rules, "lokr")[3] == "has no ranks"

@@ -107,7 +107,7 @@ def evaluate(
         from polyrank.experiment.components import did_you_mean
         from polyrank.experiment.config import ConfigError
         from polyrank.experiment.store import Run, RunError
-        from polyrank.local.adapters import AdapterError, read_adapter
+        from polyrank.local.adapters import AdapterError, adapted, read_adapter
         from polyrank.local.hf import load_exported
         from polyrank.local.trainer import evaluate as measure
 
@@ -118,9 +118,9 @@ def evaluate(
         adapter = stored.best if best else stored.adapter
         if not adapter.is_dir():
             raise RunError(f"{folder}: has no {adapter.name}/ yet; `polyrank resume {folder}` finishes the run")
-        layers = read_adapter(adapter)[0].layers
+        layers = set(adapted(read_adapter(adapter)[0]))
         world = build(stored.experiment())
-        for name in sorted(layers.keys() - world.base.modules.keys()):
+        for name in sorted(layers - world.base.modules.keys()):
             raise AdapterError(f"{adapter}: layer {name} is none of the model's modules: another model?")
         metrics = measure(load_exported(world.base, adapter), world.splits[split])
         if json_:

@@ -79,6 +79,8 @@ class ModelSpec:
         head_trained: whether clients train and send the head, or only receive it.
         architecture: what costs are computed from; None where they are not asked for.
         calibration: what was measured on a client's kind of device.
+        lokr: LoKr's r where the modules train its Kronecker factors, which cost the same at every rank budget; None
+            where they train low-rank layers.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -87,6 +89,7 @@ class ModelSpec:
     head_trained: bool = True
     architecture: Architecture | None = None
     calibration: Calibration = NO_CALIBRATION
+    lokr: int | None = None
 
     @property
     def full_rank(self) -> int:

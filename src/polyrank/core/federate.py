@@ -91,7 +91,8 @@ def plan(
 
     A layer's rank is at most the server's rank of that layer, and at most what the client has pruned itself to
     (``state.memory["ranks"]``). A layer without a score in `state` counts as one of score 1. A client that can afford
-    nothing gets no task; one whose budget is allocated nowhere still trains the head, if there is one.
+    nothing gets no task; one whose budget is allocated nowhere still trains the dense parameters:
+    the head, if there is one and it is not frozen, and LoKr's factors.
 
     Args:
         method: the six answers.
@@ -107,7 +108,7 @@ def plan(
     factors = method.factors(state.round)
     dense, frozen_dense = dict(state.adapter.dense), dict(state.folded.dense)
     if method.dense == "freeze":
-        dense, frozen_dense = {}, dense | frozen_dense
+        frozen_dense = {name: dense.pop(name) for name in spec.head if name in dense} | frozen_dense
     tasks = {}
     for client in sorted(client for client in cohort if budgets[client].total > 0):
         pruned = state.memory.get("ranks", {}).get(client, {})
@@ -126,13 +127,12 @@ def absorb(method: Method, state: ServerState, updates: Iterable[Update], seed: 
     """The next state. Updates are taken one by one, in ascending order of client.
 
     The rule sees the low-rank layers; dense parameters are averaged here, by the rule that ``method.dense`` names,
-    over the clients that sent them. With no updates at all, only the round advances.
+    over the clients that sent them; what `plan` froze nobody sends. With no updates at all, only the round advances.
 
     Raises:
         ValueError: if updates are not in strictly ascending order of client, or carry unknown or misshapen layers.
     """
-    trained = {} if method.dense == "freeze" else state.adapter.dense
-    dense = _DenseMean(trained, uniform=method.dense == "uniform")
+    dense = _DenseMean(state.adapter.dense, uniform=method.dense == "uniform")
     rng = stream(seed, "aggregate", state.round)
     absorbed = method.aggregate(state, dense.watch(_checked(state, updates)), rng)
     adapter = Adapter(absorbed.adapter.layers, {**state.adapter.dense, **dense.finish()})

@@ -7,9 +7,9 @@
     factors     round                              -> "A", "B" or "AB"
     aggregate   state, updates, rng                -> state
 
-Each answer is a plain function whose keyword-only parameters are its options. `penalty`, `dense`, `hold` and `boost`
-are data: the terms a client adds to its loss, what becomes of the head, how long a draw of layers lasts, and a warm-up
-beyond the budget.
+Each answer is a plain function whose keyword-only parameters are its options. `penalty`, `dense`, `hold`, `boost`,
+`form` and `rank` are data: the terms a client adds to its loss, what becomes of the head, how long a draw of layers
+lasts, a warm-up beyond the budget, and what the adapter is made of.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from polyrank.core.types import (
 
 Ranks = Mapping[str, int]
 Dense = Literal["size", "uniform", "freeze"]
+Form = Literal["lora", "lokr"]
 
 Positive = Annotated[int, Ge(1)]
 """An option that counts: at least 1."""
@@ -120,9 +121,13 @@ class Method:
         estimate, score, allocate, dispatch, factors, aggregate: see the module's docstring.
         penalty: terms a client adds to its loss (HetLoRA), or None.
         dense: the head is trained and averaged by ``size`` or ``uniform``ly, or ``freeze``: it stays as it started.
+            Other dense parameters are trained whatever becomes of the head.
         hold: whether an allocator's random draws are kept until the scores are made anew, rather than drawn every
             round. Where every round has new scores, as in a warm-up, every round has new draws.
         boost: a warm-up beyond the budget, or None.
+        form: what the first state is made of: ``lora``, low-rank layers that budgets are spent on, or ``lokr``,
+            Kronecker factors among the dense parameters, which every client that can afford anything trains whole.
+        rank: LoKr's r; None with ``lora``.
     """
 
     estimate: Estimate
@@ -135,3 +140,5 @@ class Method:
     dense: Dense = "size"
     hold: bool = False
     boost: Boost | None = None
+    form: Form = "lora"
+    rank: int | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,8 +34,8 @@ from polyrank.experiment.planning import (
     server_rank,
 )
 from polyrank.experiment.shares import fleet_profiles, share_data
-from polyrank.local import hf
-from polyrank.local.adapters import AdapterError, read_adapter
+from polyrank.local import hf, lokr
+from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
 
 Split = TextSplit | ImageSplit
@@ -53,6 +53,7 @@ class World:
         method: the six answers.
         splits: prepared data.
         start: the first state.
+        info: what an exported adapter's config says.
     """
 
     base: Base
@@ -62,6 +63,7 @@ class World:
     method: Method
     splits: Mapping[str, Split]
     start: ServerState
+    info: AdapterInfo
 
 
 def on_this_machine(experiment: Experiment) -> Experiment:
@@ -127,7 +129,9 @@ def build(experiment: Experiment) -> World:
         seed=experiment.seed,
         holdout=splits.get("importance"),
     )
-    return World(base, spec, rank, simulator, method, splits, first_state(experiment, base, rank))
+    start = first_state(experiment, method, base, rank)
+    info = replace(base.info, rank=method.rank)
+    return World(base, spec, rank, simulator, method, splits, start, info)
 
 
 def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
@@ -137,8 +141,10 @@ def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
             raise ConfigError(f"model.rank: {rank} exceeds the smaller dimension of {name} ({shape[0]} x {shape[1]})")
 
 
-def first_state(experiment: Experiment, base: Base, rank: int) -> ServerState:
-    """Round 0: fresh low-rank layers (or an adapter to start from), and the head."""
+def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -> ServerState:
+    """Round 0: fresh low-rank layers or LoKr factors (or an adapter to start from), and the head."""
+    if method.form == "lokr":
+        return _first_lokr(experiment, method, base)
     scale = (experiment.model.alpha or rank) / rank
     rng = stream(experiment.seed, "adapter")
     layers = {name: fresh(shape, rank, scale, rng) for name, shape in base.spec.modules.items()}
@@ -151,6 +157,27 @@ def first_state(experiment: Experiment, base: Base, rank: int) -> ServerState:
     if experiment.model.head == "freeze":
         return ServerState(0, Adapter(layers), Adapter({}, head))
     return ServerState(0, Adapter(layers, head))
+
+
+def _first_lokr(experiment: Experiment, method: Method, base: Base) -> ServerState:
+    """Kronecker factors among the dense parameters; a scale that is not 1, and a frozen head, are not trained."""
+    assert method.rank is not None
+    modules = base.spec.modules
+    factors = lokr.fresh(modules, method.rank, stream(experiment.seed, "adapter"))
+    scale = (experiment.model.alpha or method.rank) / method.rank
+    fixed = lokr.scales(modules, scale)
+    head = base.initial_head()
+    if experiment.model.adapter is not None:
+        given, _ = read_adapter(experiment.model.adapter)
+        _check_lokr(given, {**factors, **head}, experiment)
+        for name, tensor in given.dense.items():
+            if not lokr.is_scale(name):
+                (factors if lokr.is_part(name) else head)[name] = tensor.float()
+        for name, x in lokr.grouped(given.dense).items():  # the same update under the experiment's scale
+            factors[f"{name}.lokr_w1"] = factors[f"{name}.lokr_w1"] * (x.scale / scale)
+    if experiment.model.head == "freeze":
+        return ServerState(0, Adapter({}, factors), Adapter({}, {**head, **fixed}))
+    return ServerState(0, Adapter({}, {**head, **factors}), Adapter({}, fixed))
 
 
 def pick_device(device: str) -> str:
@@ -180,6 +207,8 @@ def default_threads() -> int:
 
 def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment, rank: int) -> None:  # type: ignore[type-arg]
     folder = experiment.model.adapter
+    if lokr.grouped(given.dense):
+        raise AdapterError(f"model.adapter: {folder}: is a LoKr, which only the method lokr can start from")
     for name, x in given.layers.items():
         if name not in layers:
             raise AdapterError(f"model.adapter: {folder}: layer {name} is none of the model's targets: another model?")
@@ -190,3 +219,12 @@ def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: E
     for name, tensor in given.dense.items():
         if name not in head or head[name].shape != tensor.shape:
             raise AdapterError(f"model.adapter: {folder}: {name} does not fit the model's head")
+
+
+def _check_lokr(given: Adapter, own: Mapping[str, torch.Tensor], experiment: Experiment) -> None:
+    folder = experiment.model.adapter
+    if given.layers:
+        raise AdapterError(f"model.adapter: {folder}: is a LoRA; the method lokr starts from a LoKr")
+    for name, tensor in given.dense.items():
+        if not lokr.is_scale(name) and (name not in own or own[name].shape != tensor.shape):
+            raise AdapterError(f"model.adapter: {folder}: {name} does not fit the model's LoKr factors or head")

@@ -42,7 +42,7 @@ def calibrate(experiment: Experiment, ranks: list[int] | None = None) -> dict[st
     """
     torch.set_num_threads(experiment.threads or default_threads())
     method, local = experiment.build_method(), experiment.local_training()
-    spec = replace(describe(experiment, method), calibration=Calibration(overhead=0.0))
+    spec = replace(describe(experiment, method), calibration=Calibration(overhead=0.0), lokr=None)  # steps are of LoRA
     chosen = sorted(set(ranks or _ranks(experiment, spec)))
     if len(chosen) < 2 or chosen[-1] > spec.full_rank:
         raise ConfigError(f"--ranks: {chosen} must be at least two ranks between 1 and {spec.full_rank}")

@@ -13,6 +13,7 @@ import torch
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import NoFormulaError, download_bytes, memory, round_seconds, task_memory, upload_bytes
 from polyrank.core.federate import plan, scored
+from polyrank.core.lokr import lokr_parameters
 from polyrank.core.lowrank import Adapter, Factors, LowRank, nbytes
 from polyrank.core.method import Method
 from polyrank.core.types import Budget, Client, ClientProfile, Query, ServerState, Task
@@ -22,6 +23,7 @@ from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
 from polyrank.experiment.shares import client_names, group_sizes, kept_for_importance
 from polyrank.experiment.tables import DATASETS
+from polyrank.local import lokr
 
 _MOST_RANKS = 1024  # of a curve that is drawn
 _MOST_CLIENTS = 200  # that are planned one by one
@@ -36,11 +38,11 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
             are taken for alike.
 
     Returns:
-        ``model`` (what costs are computed from), ``server_rank``, ``groups`` (one object a device group: its budget
-        and the limits behind it; of its first client the ranks by layer, memory by part, traffic and seconds by what is
-        trained), ``clients`` (each client's first ranks), ``blocks`` (of the adapted modules), ``scores``,
-        ``trained`` (parameters that all clients together train, by what is trained), ``curves`` (budget against memory
-        and link speed), ``notes`` and ``seconds`` (that planning took).
+        ``model`` (what costs are computed from), ``server_rank`` (LoKr's r where it is trained), ``groups`` (one object
+        a device group: its budget and the limits behind it; of its first client the ranks by layer, memory by part,
+        traffic and seconds by what is trained), ``clients`` (each client's first ranks), ``blocks`` (of the adapted
+        modules), ``scores``, ``trained`` (parameters that all clients together train, by what is trained), ``curves``
+        (budget against memory and link speed), ``notes`` and ``seconds`` (that planning took).
     """
     started = time.perf_counter()
     method = experiment.build_method()
@@ -64,7 +66,7 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
             "uplink": profile.uplink,
             "downlink": profile.downlink,
             "flops": profile.flops,
-            **_budget(budget, rank),
+            **_budget(budget, rank if method.form == "lora" else None),
             **_tasks(key, phases, spec, profile, timed=bool(examples)),
         }
         for key, name, size, group, profile, budget in zip(
@@ -75,7 +77,7 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     return {
         "model": _model(experiment, spec),
         "method": experiment.method.name,
-        "server_rank": rank,
+        "server_rank": method.rank or rank,
         "groups": groups,
         "clients": [
             {"name": client, "group": names[group], "ranks": _ranks(first.get(client))}
@@ -87,7 +89,7 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
             {
                 "round": round_,
                 "factors": factors,
-                "parameters": sum(upload_bytes(spec, _ranks(task), factors) // 4 for task in tasks.values()),
+                "parameters": sum(nbytes(task.adapter, factors) // 4 for task in tasks.values()),
             }
             for round_, factors, tasks in phases
         ],
@@ -162,15 +164,7 @@ def _phases(
     A boosted warm-up counts as a choice of its own. Layers whose importance only a run can tell are taken for alike,
     and a note says so.
     """
-    scale = (experiment.model.alpha or rank) / rank
-    layers = {
-        name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
-        for name, (d_out, d_in) in spec.modules.items()
-    }
-    head = {name: torch.empty(count, device="meta") for name, count in spec.head.items()}
-    state = ServerState(0, Adapter(layers, head))
-    if not spec.head_trained:
-        state = ServerState(0, Adapter(layers), Adapter({}, head))
+    state = _empty_state(experiment, method, spec, rank)
     local, seen, phases, asked = experiment.local_training(), set(), [], []
 
     def known(query: Query, state: ServerState) -> dict[str, float]:
@@ -192,11 +186,32 @@ def _phases(
     return phases, [note] if unscored else []
 
 
-def _budget(budget: Budget, server: int) -> dict[str, Any]:
+def _empty_state(experiment: Experiment, method: Method, spec: ModelSpec, rank: int) -> ServerState:
+    """What `first_state` makes, on the meta device."""
+    head = {name: torch.empty(count, device="meta") for name, count in spec.head.items()}
+    layers: dict[str, LowRank] = {}
+    factors, scales = {}, {}
+    if method.form == "lokr":
+        assert method.rank is not None
+        shapes = lokr_parameters(spec.modules, method.rank)
+        factors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        scales = lokr.scales(spec.modules, (experiment.model.alpha or method.rank) / method.rank)
+    else:
+        scale = (experiment.model.alpha or rank) / rank
+        layers = {
+            name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
+            for name, (d_out, d_in) in spec.modules.items()
+        }
+    if not spec.head_trained:
+        return ServerState(0, Adapter(layers, factors), Adapter({}, {**head, **scales}))
+    return ServerState(0, Adapter(layers, {**head, **factors}), Adapter({}, scales))
+
+
+def _budget(budget: Budget, server: int | None) -> dict[str, Any]:
     return {
         "budget": budget.total,
         "rank": budget.rank,
-        "limit": budget.limit if budget.rank <= server else "server rank",
+        "limit": budget.limit if server is None or budget.rank <= server else "server rank",
         "limits": [asdict(limit) for limit in budget.limits],
     }
 

@@ -13,6 +13,7 @@ from polyrank.core.lowrank import Adapter, LowRank, combine, compress, pad, resc
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState, Update
+from polyrank.local import lokr
 from polyrank.local.adapters import AdapterError, AdapterInfo, check_same_model, read_adapter
 
 
@@ -72,10 +73,11 @@ def merge(folders: Sequence[Path], method: Method, weights: Sequence[float] | No
         weights: examples behind each adapter (default: one each).
 
     Raises:
-        AdapterError: if a folder is no plain LoRA adapter, or they are of different models.
+        AdapterError: if a folder is no plain LoRA adapter, they are of different models, or the method trains LoKr.
     """
     read = [read_adapter(folder) for folder in folders]
     adapters = [adapter for adapter, _ in read]
+    _check_form(folders, adapters, method)
     check_same_model(list(folders), adapters, [info for _, info in read])
     alpha, factors = _common_alpha(adapters), method.factors(0)
     names = sorted({name for adapter in adapters for name in adapter.layers})
@@ -91,6 +93,17 @@ def merge(folders: Sequence[Path], method: Method, weights: Sequence[float] | No
         for index, (adapter, count) in enumerate(zip(adapters, examples, strict=True))
     )
     return Merged(absorb(method, ServerState(0, Adapter(layers, dense)), updates, seed=0), read[0][1], alpha)
+
+
+def _check_form(folders: Sequence[Path], adapters: Sequence[Adapter], method: Method) -> None:
+    """LoKr's factors are averaged in a run; a mean of finished adapters' factors is not a mean of their updates."""
+    for folder, adapter in zip(folders, adapters, strict=True):
+        if lokr.grouped(adapter.dense):
+            raise AdapterError(f"{folder}: a LoKr adapter; only LoRA adapters can be merged")
+    if method.form == "lokr":
+        raise AdapterError(
+            "this method trains LoKr, and LoRA adapters are merged; choose another, for example flexlora"
+        )
 
 
 def _common_alpha(adapters: Sequence[Adapter]) -> float | None:

@@ -67,7 +67,8 @@ def _from_config(experiment: Experiment, device: str) -> Base:
 def completed(spec: ModelSpec, experiment: Experiment, method: Method) -> ModelSpec:
     """A spec with what the experiment says beside the model."""
     trained = experiment.model.head == "train" and method.dense != "freeze"
-    return replace(spec, head_trained=trained, calibration=calibration(experiment))
+    lokr = method.rank if method.form == "lokr" else None
+    return replace(spec, head_trained=trained, calibration=calibration(experiment), lokr=lokr)
 
 
 def calibration(experiment: Experiment) -> Calibration:

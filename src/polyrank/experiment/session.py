@@ -60,7 +60,7 @@ class Session:
                 measured = self.measure([state.folded, state.adapter], "validation")
                 record = replace(record, metrics={f"validation/{key}": value for key, value in measured.items()})
                 if self._improves(record):
-                    write_adapter(self.run.best, exported(state), world.base.info)
+                    write_adapter(self.run.best, exported(state), world.info)
             seconds = time.monotonic() - started
             self.run.append(record, seconds)
             self.run.save(state)
@@ -77,7 +77,7 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Exports the final adapter, evaluates on the test split, trains the baselines, writes the summary."""
         world, state = self.world, self.state
-        write_adapter(self.run.adapter, exported(state), world.base.info)
+        write_adapter(self.run.adapter, exported(state), world.info)
         selected = self.selected()
         best = read_adapter(self.run.best)[0] if selected else exported(state)
         start = world.start

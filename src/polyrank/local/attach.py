@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polyrank.core.lowrank import Adapter, Factors, LowRank
+from polyrank.local import lokr
 
 Batch = Mapping[str, Tensor]
 Forward = Callable[[Batch, Mapping[str, Tensor]], Tensor]
@@ -27,11 +28,11 @@ class Attachment:
     Attributes:
         A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained). With copies,
             A is b x r x d_in and B is b x d_out x r, and row i of a batch runs through copy i.
-        dense: the dense parameters by name, likewise.
+        dense: the dense parameters by name, likewise; LoKr's factors are among them.
         fixed: dense parameters that only run.
         frozen: low-rank layers that only run.
         scales: of the layers.
-        forward: the model, called with a batch and the dense parameters to use.
+        forward: the model, called with a batch and the dense parameters of its own to use.
     """
 
     A: dict[str, Tensor]
@@ -43,7 +44,7 @@ class Attachment:
     forward: Forward
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.forward(batch, {**self.fixed, **self.dense})
+        return self.forward(batch, {n: t for n, t in {**self.fixed, **self.dense}.items() if not lokr.is_part(n)})
 
     def parameters(self) -> list[Tensor]:
         """What an optimizer updates."""
@@ -104,9 +105,10 @@ def attached(
     masks = _Masks(dropout, int(rng.integers(2**63 - 1))) if dropout and rng is not None else None
     if masks is not None:
         live = replace(live, forward=masks.counted(forward))
+    kron = lokr.grouped({**live.fixed, **live.dense})
     handles = []
-    for name in {**live.A, **live.frozen}:
-        handles.append(modules[name].register_forward_hook(_hook(name, live, masks)))
+    for name in {**live.A, **live.frozen, **kron}:
+        handles.append(modules[name].register_forward_hook(_hook(name, live, kron.get(name), masks)))
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -134,9 +136,9 @@ def _product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _hook(
-    name: str, live: Attachment, masks: _Masks | None
+    name: str, live: Attachment, kron: lokr.LoKr | None, masks: _Masks | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Adds the low-rank updates of one module, trained and held, to its output."""
+    """Adds the updates of one module, trained and held, to its output. Dropout is LoRA's: LoKr has none."""
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].to(torch.float32)
@@ -144,6 +146,8 @@ def _hook(
         held = live.frozen.get(name)
         if held is not None:
             update = F.linear(F.linear(x, held.A), held.B) * held.scale
+        if kron is not None:
+            update = update + kron(x)
         if name in live.A:
             scale = live.scales[name]
             if masks is not None:

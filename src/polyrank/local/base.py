@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
-from polyrank.local.adapters import AdapterInfo
+from polyrank.local.adapters import AdapterInfo, adapted
 from polyrank.local.attach import Attachment, Batch, attached
 from polyrank.local.describe import architecture
 from polyrank.local.targets import resolve_targets
@@ -114,7 +114,7 @@ class Base:
             checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
             copies: a copy of the factors for each of so many examples, for gradients of each; None: one for all.
         """
-        lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapter.layers), default=0)
+        lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapted(adapter)), default=0)
         again = [self.modules[name] for name in self.blocks[lowest:]] if checkpointing and factors else []
         world = self.modules, self._logits, self.device
         return attached(*world, adapter, frozen or Adapter(), factors, dropout, rng, again, copies)

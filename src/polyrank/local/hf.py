@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from polyrank.errors import InputError
+from polyrank.local.adapters import read_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base, backbone_of
 
@@ -262,7 +263,13 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 
 def load_exported(base: Base, folder: Path) -> Callable[[Batch], Tensor]:
-    """Logits of the base with an exported adapter, loaded by PEFT itself. The base carries it from then on."""
+    """Logits of the base with an exported adapter, loaded by PEFT itself. The base carries it from then on.
+
+    Raises:
+        ModelError: if it is a LoKr on GPT-2's kind of linear layer, which PEFT cannot load.
+    """
+    if base.info.fan_in_fan_out and read_adapter(folder)[1].rank is not None:
+        raise ModelError(f"{folder}: PEFT has no LoKr for Conv1D layers, GPT-2's, so it cannot load this adapter")
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base.model, str(folder)).to(base.device).eval()

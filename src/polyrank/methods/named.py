@@ -107,6 +107,26 @@ def fedsvd() -> Method:
     return replace(fedit(), factors=factors.only_b, aggregate=AGGREGATORS["fedsvd"])
 
 
+def lokr(*, rank: Positive = 24) -> Method:
+    """LoKr: Kronecker factors instead of low-rank ones, averaged by size, as a baseline (arXiv 2309.14859).
+
+        delta = alpha / rank * kron(w1, w2)
+
+    Every client that can afford anything trains all of it: there are no ranks to cut.
+
+    Args:
+        rank: r, which w2 is factored to where it is larger than 2 r on both sides; `lokr_shapes` has the rules.
+
+    References:
+        LoKr: arXiv 2309.14859. KronA: arXiv 2212.10650. As a federated baseline: HRALoRA.
+
+    Note:
+        HRALoRA's released code trains the head beside the factors and uploads the factors alone, so that clients learn
+        for a head that the server never sees. Here the head is averaged or frozen, as for every method.
+    """
+    return replace(fedit(), form="lokr", rank=rank)
+
+
 def hralora(
     *,
     rank: Positive | None = None,
@@ -270,6 +290,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "hetlora_weighted": hetlora_weighted,
     "hralora": hralora,
     "legend": legend,
+    "lokr": lokr,
     "lora_fair": lora_fair,
     "raflora": rb_lora,  # arXiv 2602.13486 equals RB-LoRA in product space
     "rb_lora": rb_lora,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from polyrank.core.architecture import Architecture, ModelSpec
 from polyrank.core.costs.families import FAMILIES
 from polyrank.core.costs.tape import Step, Tape, peak_bytes, saved_bytes
+from polyrank.core.lokr import lokr_elements, lokr_shapes
 from polyrank.core.lowrank import Factors, nbytes
 from polyrank.core.types import LocalTraining, Task
 
@@ -23,7 +24,7 @@ class Memory:
 
     Attributes:
         base: the frozen model.
-        adapter: low-rank factors and the head, in float32.
+        adapter: low-rank or Kronecker factors and the head, in float32.
         gradients: of what is trained.
         optimizer: its states: two per trained parameter for AdamW, one for SGD with momentum.
         activations: kept from the forward for the backward pass.
@@ -98,7 +99,9 @@ def architecture_of(spec: ModelSpec) -> Architecture:
 
 
 def adapter_elements(spec: ModelSpec, ranks: Mapping[str, int], factors: Factors) -> int:
-    """Elements of the named factors: r * d_in in A and d_out * r in B, over the modules."""
+    """Elements of the named factors: r * d_in in A and d_out * r in B, over the modules; all of LoKr's where it is."""
+    if spec.lokr is not None:
+        return lokr_elements(spec.modules, spec.lokr)
     total = 0
     for name, rank in ranks.items():
         d_out, d_in = spec.modules[name]
@@ -139,6 +142,7 @@ def record(
         checkpointing=local.checkpointing,
         padded=padded,
         head=spec.head_trained and bool(spec.head),
+        lokr={} if spec.lokr is None else {n: lokr_shapes(shape, spec.lokr) for n, shape in spec.modules.items()},
     )
     tape = Tape(model, step)
     FAMILIES[model.family](tape, model)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from polyrank.core.architecture import Architecture
+from polyrank.core.lokr import Shape
 from polyrank.core.lowrank import Factors
 
 # What a nonlinearity of n elements saves, and what its backward needs beside: both in copies of n.
@@ -78,6 +79,7 @@ class Step:
         checkpointing: whether blocks keep their inputs only and are run again in the backward pass.
         padded: whether texts are padded, so that attention carries a mask.
         head: whether the head is trained.
+        lokr: the shapes of the Kronecker factors of each module that trains LoKr instead; see `lokr_shapes`.
     """
 
     batch: int
@@ -88,6 +90,7 @@ class Step:
     checkpointing: bool = False
     padded: bool = False
     head: bool = True
+    lokr: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
 
 
 class Tape:
@@ -131,12 +134,14 @@ class Tape:
         return output
 
     def linear(self, name: str, x: Value) -> Value:
-        """A frozen linear layer, with its LoRA where the module has a rank."""
+        """A frozen linear layer, with its LoRA where the module has a rank, or its LoKr."""
         d_out, d_in = self.model.linears[name]
         rows, rank = x.numel // d_in, self.step.ranks.get(name, 0)
         self._count(2.0 * rows * d_in * d_out, 1.0 if x.grad else 0.0)
         weight = self.cast(d_in * d_out) if self.model.weights == 4 else []
         y = self.op([x], rows * d_out, weight, itemsize=self.work)
+        if name in self.step.lokr:
+            return self.lokr(x, y, rows, d_in, d_out, self.step.lokr[name])
         return self.lora(x, y, rows, d_in, d_out, rank) if rank else y
 
     def cast(self, weight: int) -> list[Value]:
@@ -160,6 +165,23 @@ class Tape:
         into, out = 2.0 * rows * rank * d_in, 2.0 * rows * rank * d_out
         self._count(into, float(trains_a) + float(kept.grad))
         self._count(out, float(trains_b) + float(u.grad))
+        return self.op([y, update], y.numel, itemsize=y.itemsize)
+
+    def lokr(self, x: Value, y: Value, rows: int, d_in: int, d_out: int, shapes: Mapping[str, Shape]) -> Value:
+        """``y + scale * w1 X w2^T``: keeps X, which is x, and what lies between the two products."""
+        _, m = shapes["lokr_w1"]
+        size, k, n = 2 if self.step.autocast else 4, d_out // shapes["lokr_w1"][0], d_in // m
+        kept = x
+        if kept.itemsize != size or self.step.autocast:
+            kept = self.op([kept], kept.numel, itemsize=size)
+        made = self.cast(k * n) or [Value(k * n)] * ("lokr_w2" not in shapes)  # of w2; a parameter is there already
+        inner = self.op([kept], rows * m * k, [kept, *made * kept.grad], trained=True)
+        turned = self.op([inner], inner.numel)
+        update = self.op(
+            [turned], rows * d_out, [turned, *self.cast(d_out // k * m)], trained=True, scratch=rows * d_out * size
+        )
+        self._count(2.0 * rows * d_in * k, 1.0 + kept.grad)
+        self._count(2.0 * rows * d_out * m, 2.0)
         return self.op([y, update], y.numel, itemsize=y.itemsize)
 
     def norm(self, x: Value) -> Value:
