@@ -15,7 +15,7 @@ from polyrank.core.federate import federate
 from polyrank.core.lowrank import Adapter, LowRank, fresh
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec, Query, ServerState, Task, Update
 from polyrank.methods import AGGREGATORS, DISPATCHERS, METHODS
 from polyrank.methods.dispatch import whole
 from polyrank.methods.factors import alternating
@@ -25,6 +25,14 @@ FULL = 8  # a server rank that holds the sum of the clients' products
 SIZES = {"a": 10, "b": 20, "c": 30}
 EQUAL, UNEQUAL = {"a": 3, "b": 3, "c": 3}, {"a": 1, "b": 2, "c": 3}
 LOCAL = LocalTraining()
+
+
+def importance(query: Query, state: ServerState) -> dict[str, float]:
+    """What a hold-out would say: something new every round."""
+    return {name: 1.0 + (index + query.round) % 3 for index, name in enumerate(SPEC.modules)}
+
+
+ASKED: dict[str, Any] = {"errors": True, "measure": importance}
 
 
 def start(rank: int, dtype: torch.dtype = torch.float32, learnt: bool = True) -> ServerState:
@@ -44,7 +52,7 @@ def errors(
     method: Method, state: ServerState, ranks: Mapping[Client, int], rounds: int = 2, answer: Any = perturb
 ) -> list[float | None]:
     clients = FakeClients(profiles(ranks), answer)
-    return [r.aggregation_error for _, r in federate(method, state, clients, SPEC, LOCAL, rounds=rounds, errors=True)]
+    return [r.aggregation_error for _, r in federate(method, state, clients, SPEC, LOCAL, rounds=rounds, **ASKED)]
 
 
 def one_round(
@@ -62,7 +70,7 @@ def one_round(
                 yield update
 
     watched = Watched(clients.profiles())
-    after, record = next(federate(method, state, watched, SPEC, LOCAL, rounds=state.round + 1, errors=True))
+    after, record = next(federate(method, state, watched, SPEC, LOCAL, rounds=state.round + 1, **ASKED))
     assert record.aggregation_error is not None
     return after, tasks, updates, record.aggregation_error
 

@@ -15,8 +15,19 @@ from polyrank.core.federate import absorb, federate, plan, sample
 from polyrank.core.lowrank import Adapter, LowRank, delta, fresh, nbytes, truncate
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import Budget, ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
+from polyrank.core.types import (
+    Budget,
+    ClientProfile,
+    LocalTraining,
+    ModelSpec,
+    Query,
+    ServerState,
+    Task,
+    Update,
+)
 from polyrank.methods import METHODS
+from polyrank.methods.allocate.uniform import uniform
+from polyrank.methods.estimate import fixed
 from polyrank.methods.named import fedit
 
 SHAPES = {"l0": (12, 10), "l1": (8, 10)}
@@ -46,8 +57,7 @@ def start(dtype: torch.dtype = torch.float64) -> ServerState:
 def tasks_of(
     method: Method, state: ServerState, profiles: Mapping[str, ClientProfile] = PROFILES, seed: int = 0
 ) -> dict[str, Task]:
-    budgets = method.estimate(profiles, SPEC, LOCAL)
-    return plan(method, state, budgets, sorted(profiles), SPEC, LOCAL, seed)
+    return plan(method, state, fixed(profiles, SPEC, LOCAL), sorted(profiles), SPEC, LOCAL, seed)
 
 
 def answers(method: Method, state: ServerState, profiles: Mapping[str, ClientProfile] = PROFILES) -> list[Update]:
@@ -56,7 +66,18 @@ def answers(method: Method, state: ServerState, profiles: Mapping[str, ClientPro
 
 def run(method: Method, state: ServerState, rounds: int, seed: int = 0, **options: Any) -> list[ServerState]:
     clients = options.pop("clients", FakeClients(PROFILES))
-    return [s for s, _ in federate(method, state, clients, SPEC, LOCAL, rounds=rounds, seed=seed, **options)]
+    options = {"measure": importance, "seed": seed, **options}
+    return [s for s, _ in federate(stated(method), state, clients, SPEC, LOCAL, rounds=rounds, **options)]
+
+
+def stated(method: Method) -> Method:
+    """The method with stated ranks: these tests are about rounds, and not about who can afford what."""
+    return replace(method, estimate=fixed)
+
+
+def importance(query: Query, state: ServerState) -> dict[str, float]:
+    """What a hold-out would say: something new every round."""
+    return {"l0": 1.0 + query.round, "l1": 2.0}
 
 
 def content(value: Any) -> Any:
@@ -177,7 +198,9 @@ def test_tasks_say_all_a_client_must_know(name: str) -> None:
     for client, task in tasks.items():
         assert (task.round, task.seed, task.penalty, task.local) == (0, 7, method.penalty, LOCAL)
         assert task.factors == method.factors(0)
-        assert {x.rank for x in task.adapter.layers.values()} == {PROFILES[client].rank}
+        ranks = [x.rank for x in task.adapter.layers.values()]
+        assert sum(ranks) <= 2 * PROFILES[client].rank
+        assert method.allocate is not uniform or ranks == [PROFILES[client].rank] * 2
         assert content(task.adapter.dense) == content(state.adapter.dense)
 
 
@@ -395,8 +418,8 @@ def test_resuming_equals_going_on(name: str) -> None:
 def test_records_keep_the_books(name: str) -> None:
     method, state = METHODS[name](), start()
     clients = FakeClients(PROFILES, absent=frozenset("bd"))
-    for after, record in federate(method, state, clients, SPEC, LOCAL, rounds=2):
-        tasks = tasks_of(method, state)
+    for after, record in federate(stated(method), state, clients, SPEC, LOCAL, rounds=2, measure=importance):
+        tasks = tasks_of(method, replace(state, scores=after.scores, memory=after.memory))
         assert record.round == state.round == after.round - 1
         assert record.dropped == ("b", "d")
         assert record.factors == method.factors(record.round)
@@ -420,9 +443,9 @@ def test_only_trained_factors_travel_up() -> None:
 def test_everybody_absent_all_the_time(name: str) -> None:
     method, state = METHODS[name](), start()
     clients = FakeClients(PROFILES, absent=frozenset(PROFILES))
-    *_, (after, record) = federate(method, state, clients, SPEC, LOCAL, rounds=3)
+    *_, (after, record) = federate(stated(method), state, clients, SPEC, LOCAL, rounds=3, measure=importance)
     assert content(replace(after, scores={}, memory={})) == content(replace(state, round=3))
-    assert after.memory == {"scored": 2}
+    assert set(after.memory) == {"scored"}
     assert record.dropped == tuple(PROFILES)
     assert record.bytes_up == {}
 
@@ -485,7 +508,8 @@ def test_a_client_that_can_afford_nothing_gets_no_task() -> None:
         return {**fedit().estimate(profiles, spec, local), "b": broke}
 
     method = replace(fedit(), estimate=estimate)
-    assert list(tasks_of(method, start())) == ["a", "c", "d"]
+    budgets = method.estimate(PROFILES, SPEC, LOCAL)
+    assert list(plan(method, start(), budgets, list(PROFILES), SPEC, LOCAL, 0)) == ["a", "c", "d"]
     nobody = replace(fedit(), estimate=lambda profiles, spec, local: dict.fromkeys(profiles, broke))
     state = start()
     [(after, record)] = federate(nobody, state, FakeClients(PROFILES), SPEC, LOCAL, rounds=1)

@@ -81,9 +81,17 @@ def assert_same_run(one: Path, other: Path) -> None:
 # --- every method
 
 
+SHORTENED = {  # to a run of four rounds on few examples
+    "fed_hello": {"samples": 10, "after": 1, "every": 2},
+    "fim_hla": {"samples": 10, "every": 2},
+    "hetlora": {"decay": 0.5, "penalty": 0.1},
+    "hralora": {"samples": 10, "warmup": 1, "every": 2},
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_resumes_to_the_same_bytes(method: str, tmp_path: Path, config: Config) -> None:
-    options = {"name": method, **({"decay": 0.5, "penalty": 0.1} if method == "hetlora" else {})}
+    options = {"name": method, **SHORTENED.get(method, {})}
     changes = {"method": options, "rounds": 4, "cohort": 3}
     summary = finished(started(tmp_path / "whole", config, **changes))
     found = records(tmp_path / "whole")
