@@ -2,8 +2,9 @@
 
 from polyrank.core.costs.families import FAMILIES
 from polyrank.core.costs.memory import Memory, NoFormulaError, adapter_elements, base_bytes, memory, record, task_memory
+from polyrank.core.costs.peak import peak_bytes, saved_bytes
 from polyrank.core.costs.remedies import remedies
-from polyrank.core.costs.tape import ACTIVATIONS, peak_bytes, saved_bytes
+from polyrank.core.costs.tape import ACTIVATIONS
 from polyrank.core.costs.traffic import download_bytes, round_seconds, training_flops, upload_bytes
 
 __all__ = [

@@ -14,84 +14,71 @@ from polyrank.core.costs.tape import Tape, Value
 
 def bert(tape: Tape, model: Architecture) -> Value:
     """BERT and its kin: normalisation after each sum; a pooled first token goes to the head."""
-    x = tape.embedded()
-    mask, padded = tape.mask(), tape.step.padded
-    for names in model.blocks:
+    padded = tape.step.padded
 
-        def block(x: Value, names: tuple[str, ...] = names) -> Value:
-            q, k, v, o, up, down = names
-            mixed = tape.attention(tape.linear(q, x), tape.linear(k, x), tape.linear(v, x), masked=padded)
-            x = tape.norm(tape.add(tape.linear(o, mixed), x))
-            wide = tape.activation(tape.linear(up, x))
-            return tape.norm(tape.add(tape.linear(down, wide), x))
+    def block(x: Value, q: str, k: str, v: str, o: str, up: str, down: str) -> Value:
+        mixed = tape.attention(tape.linear(q, x), tape.linear(k, x), tape.linear(v, x), masked=padded)
+        x = tape.norm(tape.add(tape.linear(o, mixed), x))
+        wide = tape.activation(tape.linear(up, x))
+        return tape.norm(tape.add(tape.linear(down, wide), x))
 
-        x = tape.block(block, x, *mask)
-    return _pooled(tape, model, x)
+    first = tape.first_token(tape.blocks(block, tape.embedded(), *tape.mask()))
+    for name in model.after:
+        linear = tape.linear(name, first)
+        first = tape.op([linear], linear.numel, keeps_result=True)  # tanh
+    return _head(tape, first)
 
 
 def vit(tape: Tape, model: Architecture) -> Value:
     """ViT and DeiT: normalisation before each part; the head reads the first token."""
-    x = tape.embedded()
-    for names in model.blocks:
 
-        def block(x: Value, names: tuple[str, ...] = names) -> Value:
-            q, k, v, o, up, down = names
-            y = tape.norm(x)
-            x = tape.add(tape.linear(o, tape.attention(tape.linear(q, y), tape.linear(k, y), tape.linear(v, y))), x)
-            return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+    def block(x: Value, q: str, k: str, v: str, o: str, up: str, down: str) -> Value:
+        y = tape.norm(x)
+        x = tape.add(tape.linear(o, tape.attention(tape.linear(q, y), tape.linear(k, y), tape.linear(v, y))), x)
+        return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
 
-        x = tape.block(block, x)
-    return _head(tape, tape.first_token(tape.norm(x)))
+    return _head(tape, tape.first_token(tape.norm(tape.blocks(block, tape.embedded()))))
 
 
 def llama(tape: Tape, model: Architecture) -> Value:
     """Llama, Mistral and Qwen2: RMSNorm, rotary positions, grouped key-value heads, a gated MLP."""
-    x = tape.embedded()
-    for names in model.blocks:
+    tables = [tape.shared(name, model.tokens * (model.hidden // model.heads)) for name in ("cos", "sin")]
 
-        def block(x: Value, names: tuple[str, ...] = names) -> Value:
-            q, k, v, o, gate, up, down = names
-            y = tape.rms_norm(x)
-            query, key = _rotated(tape, model, tape.linear(q, y)), _rotated(tape, model, tape.linear(k, y))
-            mixed = tape.attention(query, key, tape.linear(v, y), masked=tape.step.padded)
-            x = tape.add(tape.linear(o, mixed), x)
-            y = tape.rms_norm(x)
-            gated = tape.multiply(tape.activation(tape.linear(gate, y)), tape.linear(up, y))
-            return tape.add(tape.linear(down, gated), x)
+    def rotated(x: Value) -> Value:
+        return tape.op([x], x.numel, tables, scratch=2 * x.nbytes)
 
-        x = tape.block(block, x)
-    return _every_position(tape, tape.rms_norm(x))
+    def block(x: Value, q: str, k: str, v: str, o: str, gate: str, up: str, down: str) -> Value:
+        y = tape.rms_norm(x)
+        query, key = rotated(tape.linear(q, y)), rotated(tape.linear(k, y))
+        mixed = tape.attention(query, key, tape.linear(v, y), masked=tape.step.padded)
+        x = tape.add(tape.linear(o, mixed), x)
+        y = tape.rms_norm(x)
+        gated = tape.multiply(tape.activation(tape.linear(gate, y)), tape.linear(up, y))
+        return tape.add(tape.linear(down, gated), x)
+
+    return _every_position(tape, tape.rms_norm(tape.blocks(block, tape.embedded())))
 
 
 def gpt2(tape: Tape, model: Architecture) -> Value:
     """GPT-2: one fused projection of q, k and v (Conv1D), normalisation before each part; blocks are given the mask."""
-    x = tape.embedded()
-    mask, padded = tape.mask(always=True), tape.step.padded
-    for names in model.blocks:
 
-        def block(x: Value, names: tuple[str, ...] = names) -> Value:
-            qkv, o, up, down = names
-            fused = tape.linear(qkv, tape.norm(x))
-            x = tape.add(tape.linear(o, tape.attention(fused, fused, fused, masked=padded)), x)
-            return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+    def block(x: Value, qkv: str, o: str, up: str, down: str) -> Value:
+        fused = tape.linear(qkv, tape.norm(x))
+        x = tape.add(tape.linear(o, tape.attention(fused, fused, fused, masked=tape.step.padded)), x)
+        return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
 
-        x = tape.block(block, x, *mask)
-    return _every_position(tape, tape.norm(x))
+    return _every_position(tape, tape.norm(tape.blocks(block, tape.embedded(), *tape.mask(always=True))))
 
 
 def bloom(tape: Tape, model: Architecture) -> Value:
     """BLOOM: a fused, interleaved projection, ALiBi positions, attention always eager."""
-    x = tape.norm(tape.embedded())
-    for names in model.blocks:
 
-        def block(x: Value, names: tuple[str, ...] = names) -> Value:
-            qkv, o, up, down = names
-            fused = tape.linear(qkv, tape.norm(x))
-            x = tape.add(tape.linear(o, tape.attention(fused, fused, fused, eager=True)), x)
-            return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+    def block(x: Value, qkv: str, o: str, up: str, down: str) -> Value:
+        fused = tape.linear(qkv, tape.norm(x))
+        x = tape.add(tape.linear(o, tape.attention(fused, fused, fused, eager=True)), x)
+        return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
 
-        x = tape.block(block, x)
-    return _every_position(tape, tape.norm(x))
+    return _every_position(tape, tape.norm(tape.blocks(block, tape.norm(tape.embedded()))))
 
 
 FAMILIES: dict[str, Callable[[Tape, Architecture], Value]] = {
@@ -101,19 +88,6 @@ FAMILIES: dict[str, Callable[[Tape, Architecture], Value]] = {
     "llama": llama,
     "vit": vit,
 }
-
-
-def _rotated(tape: Tape, model: Architecture, x: Value) -> Value:
-    tables = [tape.shared(name, model.tokens * (model.hidden // model.heads)) for name in ("cos", "sin")]
-    return tape.op([x], x.numel, tables, scratch=2 * x.nbytes)
-
-
-def _pooled(tape: Tape, model: Architecture, x: Value) -> Value:
-    first = tape.first_token(x)
-    for name in model.after:
-        linear = tape.linear(name, first)
-        first = tape.op([linear], linear.numel, keeps_result=True)  # tanh
-    return _head(tape, first)
 
 
 def _every_position(tape: Tape, x: Value) -> Value:

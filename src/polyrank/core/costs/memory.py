@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 from polyrank.core.architecture import Architecture, ModelSpec
 from polyrank.core.costs.families import FAMILIES
-from polyrank.core.costs.tape import Step, Tape, peak_bytes, saved_bytes
+from polyrank.core.costs.peak import peak_bytes, saved_bytes
+from polyrank.core.costs.tape import Step, Tape
 from polyrank.core.lokr import lokr_elements, lokr_shapes
 from polyrank.core.lowrank import Factors, nbytes
 from polyrank.core.types import LocalTraining, Task

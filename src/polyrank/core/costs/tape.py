@@ -264,81 +264,27 @@ class Tape:
         """A view of each example's first position."""
         return self.op([x], x.numel // self.model.tokens, part_of=x)
 
-    def block(self, run: Callable[[Value], Value], x: Value, *beside: Value) -> Value:
-        """A transformer block, checkpointed where the step asks for it and the block has a backward pass.
+    def blocks(self, block: Callable[..., Value], x: Value, *beside: Value) -> Value:
+        """All transformer blocks, each checkpointed where the step asks for it and the block has a backward pass.
 
         Args:
-            run: the block.
-            x: its input, which a checkpoint keeps.
-            beside: what else a checkpoint keeps.
+            block: runs one block, given its input and the names of its linear layers.
+            x: the first block's input.
+            beside: what a checkpoint keeps beside a block's input.
         """
-        if not self.step.checkpointing:
-            return run(x)
-        outer, self.ops = self.ops, []
-        before = self.flops
-        y = run(x)
-        inside, self.ops = self.ops, outer
-        if inside:
-            self.backward_flops += self.flops - before
-            self.ops.append(Op((x,), y, (x, *beside), inside))
-        return y
+        for names in self.model.blocks:
+            if not self.step.checkpointing:
+                x = block(x, *names)
+                continue
+            outer, self.ops, before = self.ops, [], self.flops
+            y = block(x, *names)
+            inside, self.ops = self.ops, outer
+            if inside:
+                self.backward_flops += self.flops - before
+                self.ops.append(Op((x,), y, (x, *beside), inside))
+            x = y
+        return x
 
     def _count(self, flops: float, backward: float) -> None:
         self.flops += flops
         self.backward_flops += flops * backward
-
-
-def saved_bytes(ops: Sequence[Op]) -> int:
-    """Bytes kept for the backward pass at the end of the forward pass; a value that several keep counts once."""
-    return sum(value.nbytes for value in dict.fromkeys(value for op in ops for value in op.saved))
-
-
-def peak_bytes(ops: Sequence[Op]) -> int:
-    """The most bytes of activations and their gradients alive at any moment of the forward and backward pass."""
-    return max(_forward_peak(ops), _backward_peak(ops))
-
-
-def _forward_peak(ops: Sequence[Op]) -> int:
-    kept: dict[Value, None] = {}
-    total = peak = 0
-    for op in ops:
-        inner = peak_of_forward(op.inside) if op.inside else 0
-        loose = sum(v.nbytes for v in {*op.inputs, op.output} if v not in kept)
-        peak = max(peak, total + loose + inner)
-        for value in op.saved:
-            if value not in kept:
-                kept[value] = None
-                total += value.nbytes
-    return peak
-
-
-def peak_of_forward(ops: Sequence[Op]) -> int:
-    """Bytes of the largest operation of a block that keeps nothing."""
-    return max((sum(v.nbytes for v in {*op.inputs, op.output}) for op in ops), default=0)
-
-
-def _backward_peak(ops: Sequence[Op]) -> int:
-    """Gradients and saved values, from the last operation to the first."""
-    users: dict[Value, int] = {}
-    for op in ops:
-        for value in dict.fromkeys(op.saved):
-            users[value] = users.get(value, 0) + 1
-    kept = sum(value.nbytes for value in users)
-    gradients: dict[Value, int] = {ops[-1].output: ops[-1].output.nbytes} if ops else {}
-    live = sum(gradients.values())
-    peak = kept + live
-    for op in reversed(ops):
-        inner = _backward_peak(op.inside) if op.inside else 0
-        wanted = [x for x in dict.fromkeys(op.inputs) if x.grad]
-        new = sum(x.nbytes for x in wanted)
-        peak = max(peak, kept + live + new + op.scratch, kept + live + inner)
-        live -= gradients.pop(op.output, 0)
-        for x in wanted:
-            if x not in gradients:
-                gradients[x] = x.nbytes
-                live += x.nbytes
-        for value in dict.fromkeys(op.saved):
-            users[value] -= 1
-            if not users[value]:
-                kept -= value.nbytes
-    return peak
