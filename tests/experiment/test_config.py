@@ -54,6 +54,8 @@ def answers(method: Method) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield (slot, bound.func, bound.keywords) if isinstance(bound, partial) else (slot, bound, {})
     yield "penalty", method.penalty, {}
     yield "dense", method.dense, {}
+    yield "hold", method.hold, {}
+    yield "boost", method.boost, {}
 
 
 def same_method(one: Method, other: Method) -> bool:
