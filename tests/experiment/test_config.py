@@ -57,6 +57,8 @@ def answers(method: Method) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "penalty", method.penalty, {}
     yield "dense", method.dense, {}
     yield "form", (method.form, method.rank), {}
+    yield "hold", method.hold, {}
+    yield "boost", method.boost, {}
 
 
 def same_method(one: Method, other: Method) -> bool:

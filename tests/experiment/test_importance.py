@@ -66,6 +66,7 @@ def test_what_is_named_is_kept_by_every_method_and_is_the_same(config: Config) -
     config = with_data(config, importance=20)
     scores = [None, "weight_norm", {"name": "fisher", "samples": 12}, {"name": "gradient_norm", "on": "clients"}]
     found = [share_data(experiment_of(config, score)) for score in scores]
+    found.append(share_data(experiment_of(config, method={"name": "flora"})))
     for shares in found[1:]:
         assert images(shares) == images(found[0])
         assert images(shares, "train") == images(found[0], "train")
