@@ -210,8 +210,7 @@ def world_of(config: Config, **model: Any) -> World:
 
 
 def test_adapters_of_the_other_form_or_size_are_refused(tmp_path: Path, config: Config) -> None:
-    name, info = "vit.layers.0.attention.q_proj", AdapterInfo("x", rank=24)
-    name = next(iter(world_of(config).base.spec.modules), name)
+    name, info = next(iter(world_of(config).base.spec.modules)), AdapterInfo("x", rank=24)
     write_adapter(tmp_path / "lora", Adapter({name: LowRank(torch.ones(1, 64), torch.ones(64, 1))}), AdapterInfo("x"))
     write_adapter(tmp_path / "kron", Adapter({}, lokr.fresh({name: (64, 64)}, 24, stream(0, "x"))), info)
     write_adapter(tmp_path / "small", Adapter({}, lokr.fresh({name: (64, 16)}, 24, stream(0, "x"))), info)

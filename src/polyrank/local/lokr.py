@@ -36,12 +36,9 @@ class LoKr:
 
     @property
     def least_rank(self) -> int:
-        """The smallest r at which w2 is not factored."""
-        return (
-            (max(self.w2.shape) + 1) // 2
-            if isinstance(self.w2, Tensor)
-            else max(self.w2[0].shape[0], self.w2[1].shape[1])
-        )
+        """The smallest r at which w2 is not factored: half its larger side."""
+        k, n = self.w2.shape if isinstance(self.w2, Tensor) else (self.w2[0].shape[0], self.w2[1].shape[1])
+        return (max(k, n) + 1) // 2
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ (scale * kron(w1, w2)).T``, without the d_out x d_in matrix.
