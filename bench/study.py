@@ -121,6 +121,7 @@ def main() -> int:
     absent = {setting: files for setting in SETTINGS if (files := missing(setting))}
     for setting, files in absent.items():
         print(f"skipped: {setting}: not here: {', '.join(files)}", flush=True)
+    everything = len(list(jobs(options.smoke, None)))
     due = [job for job in jobs(options.smoke, options.only) if job not in done and job[0] not in absent]
     os.environ["OMP_NUM_THREADS"] = "1"
     spawn = multiprocessing.get_context("spawn")
@@ -128,7 +129,7 @@ def main() -> int:
         running = {pool.submit(run, job, options.smoke): job for job in due}
         for count, finished in enumerate(as_completed(running), 1):
             record = finished.result()
-            result = {"machine": machine(), "runs": [*result["runs"], record]}
+            result = {"machine": machine(), "due": everything, "runs": [*result["runs"], record]}
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
             shown = f"{record['setting']}, {record['method']}, seed {record['seed']}: {record['final']:.1%}"

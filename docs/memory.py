@@ -93,12 +93,18 @@ def config(family: str, size: str, attention: str) -> Any:
 
 
 def base_of(family: str, size: str, attention: str, targets: str | list[str]) -> Base:
-    """A random model; BLOOM knows eager attention only."""
+    """A model whose weights are zero: what autograd keeps does not depend on them. BLOOM knows eager attention only."""
     attention = "eager" if family == "bloom" else attention
     kind = "image" if family == "vit" else "text"
-    return base_from_config(
-        config(family, size, attention), targets, kind=kind, classes=None, tokens=TOKENS, device="cpu"
-    )
+    made = config(family, size, attention)
+    empty = base_from_config(made, targets, kind=kind, classes=None, tokens=TOKENS, device="meta")
+    model = empty.model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    base = Base(model, targets, name=family, tokens=TOKENS)
+    base.interpolates(None)
+    return base
 
 
 def measured(base: Base, local: LocalTraining, ranks: dict[str, int], factors: str = "AB") -> int:

@@ -276,7 +276,7 @@ def _curves(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
         more = size(at(2)) - one  # bytes grow by the same amount with every rank
         return [[8.0 * (one + more * r), float((r + 1) * modules)] for r in range(min(spec.full_rank, _MOST_RANKS))]
 
-    ranks = sorted({*range(1, min(32, spec.full_rank)), *np.linspace(1, spec.full_rank, 48).astype(int).tolist()})
+    ranks = sorted(set(np.linspace(1, spec.full_rank, 24).astype(int).tolist()))
     try:
         by_memory = [[memory(spec, local, at(rank)).total, float(rank * modules)] for rank in ranks]
     except NoFormulaError:

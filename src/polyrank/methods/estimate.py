@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Annotated
 
 from annotated_types import Gt
@@ -73,7 +74,8 @@ def by_memory(
         measures, and takes every module for a square one. Here they count once, the overhead is reserved, and a
         module costs d_in + d_out per rank.
     """
-    return _each(profiles, spec, lambda profile: [_memory(profile, spec, local, factors)], "memory")
+    needs = _needs(spec, local, factors)
+    return _each(profiles, spec, lambda profile: [_memory(profile, spec, local, factors, needs)], "memory")
 
 
 def by_network(
@@ -124,10 +126,12 @@ def least(
         HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
     """
 
+    needs = _needs(spec, local, factors)
+
     def limits(profile: ClientProfile) -> list[Limit | None]:
         stated = None if profile.rank is None else Limit("stated", profile.rank)
         return [
-            _memory(profile, spec, local, factors),
+            _memory(profile, spec, local, factors, needs),
             *_links(profile, spec, upload, download, factors),
             stated,
         ]
@@ -219,10 +223,22 @@ def _least(limits: list[Limit], spec: ModelSpec) -> Budget:
     return Budget(rank * len(spec.modules), rank, name, tuple(limits))
 
 
-def _memory(profile: ClientProfile, spec: ModelSpec, local: LocalTraining, factors: Factors) -> Limit | None:
+def _needs(spec: ModelSpec, local: LocalTraining, factors: Factors) -> Callable[[int], float]:
+    """The memory that a rank on every module needs; clients of a fleet ask for the same ranks."""
+
+    @cache
+    def needs(rank: int) -> float:
+        return memory(spec, local, dict.fromkeys(spec.modules, rank), factors).total
+
+    return needs
+
+
+def _memory(
+    profile: ClientProfile, spec: ModelSpec, local: LocalTraining, factors: Factors, needs: Callable[[int], float]
+) -> Limit | None:
     if profile.memory is None:
         return None
-    limit = _limit("memory", "B", profile.memory, spec, lambda ranks: memory(spec, local, ranks, factors).total)
+    limit = _limit("memory", "B", profile.memory, spec.full_rank, needs)
     return limit if limit.rank else replace(limit, advice=remedies(spec, local, factors, profile.memory))
 
 
@@ -236,7 +252,9 @@ def _links(
     ) -> Limit | None:
         if speed is None or seconds is None:
             return None
-        limit = _limit(name, "bit/s", speed, spec, lambda ranks: 8 * size(ranks) / seconds)
+        limit = _limit(
+            name, "bit/s", speed, spec.full_rank, lambda rank: 8 * size(dict.fromkeys(spec.modules, rank)) / seconds
+        )
         if limit.rank or limit.more is None:
             return limit
         return replace(limit, advice=(f"{limit.more * seconds / speed:.3g} seconds for the {name} of rank 1",))
@@ -247,15 +265,10 @@ def _links(
     ]
 
 
-def _limit(name: str, unit: str, have: float, spec: ModelSpec, cost: Callable[[Mapping[str, int]], float]) -> Limit:
-    """The largest rank on every module whose cost is at most `have`; costs never fall as the rank rises."""
-
-    def at(rank: int) -> float:
-        return cost(dict.fromkeys(spec.modules, rank))
-
-    full = spec.full_rank
-    rank = bisect_right(range(1, full + 1), have, key=at)
-    return Limit(name, rank, unit, have, at(rank) if rank else None, at(rank + 1) if rank < full else None)
+def _limit(name: str, unit: str, have: float, full: int, cost: Callable[[int], float]) -> Limit:
+    """The largest rank up to `full` whose cost is at most `have`; costs never fall as the rank rises."""
+    rank = bisect_right(range(1, full + 1), have, key=cost)
+    return Limit(name, rank, unit, have, cost(rank) if rank else None, cost(rank + 1) if rank < full else None)
 
 
 ESTIMATORS: dict[str, Estimate] = {

@@ -55,6 +55,7 @@ def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:
             error = "-" if not predicted or not got else f"{predicted / got - 1:+.1%}"
             table.add_row(str(step["rank"]), part, "-" if predicted is None else _mib(predicted), _mib(got), error)
     yield table
+    yield f"peak resident memory of this process: {_mib(found['resident'])}"
     yield (
         f"overhead {_mib(measured['overhead'])}, activations {measured['scale']:.3f} of the formula"
         if measured["constant"] is None
