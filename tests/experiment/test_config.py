@@ -14,7 +14,7 @@ import yaml
 from transformers import BertConfig
 
 from polyrank.core.method import Method
-from polyrank.experiment.build import build
+from polyrank.experiment.build import build, on_this_machine
 from polyrank.experiment.config import SLOTS, ConfigError, Experiment, json_schema
 from polyrank.experiment.loading import load, method_with, parse, read_yaml
 from polyrank.experiment.planning import describe, group_budgets, server_rank
@@ -470,3 +470,11 @@ def test_overriding_one_option_of_an_answer_keeps_what_the_method_s_options_made
     assert (method["score"]["every"], method["score"]["form"]) == (7, "norm")
     with pytest.raises(ConfigError, match=r"method\.every: 0 "):
         parsed(changed(digits_config, "method", {"name": "hralora", "every": 0, "score": {"form": "norm"}}))
+
+
+def test_what_auto_leaves_to_the_machine_is_decided_before_a_run(digits_config: Config) -> None:
+    decided = on_this_machine(parsed(changed(digits_config, "device", "cpu")))
+    assert (decided.device, decided.local.precision) == ("cpu", "fp32")
+    assert decided.threads >= 1
+    asked = changed(changed(digits_config, "device", "cpu"), "local.precision", "bf16")
+    assert on_this_machine(parsed(asked)).local.precision == "bf16"

@@ -13,6 +13,7 @@ from polyrank.core.lowrank import Adapter, Factors, nbytes
 Client = str
 """A client's name. Cohorts, updates and sums are ordered by it."""
 
+Precision = Literal["auto", "fp32", "bf16"]
 LRSchedule = Literal["constant", "linear", "cosine", "exponential"]
 MeasuredOn = Literal["holdout", "clients"]
 Labels = Literal["given", "sampled"]
@@ -133,7 +134,7 @@ class LocalTraining:
     momentum: float = 0.0
     clip: float | None = 1.0
     dropout: float = 0.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:

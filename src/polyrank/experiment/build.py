@@ -37,6 +37,7 @@ from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.local import hf, lokr
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
+from polyrank.local.trainer import precision_on
 
 Split = TextSplit | ImageSplit
 
@@ -67,9 +68,14 @@ class World:
 
 
 def on_this_machine(experiment: Experiment) -> Experiment:
-    """The experiment with its device and threads decided, so that a resumed run computes as it began."""
-    threads = experiment.threads or default_threads()
-    return experiment.model_copy(update={"device": pick_device(experiment.device), "threads": threads})
+    """The experiment with device, threads and precision decided: a resumed run computes as it began.
+
+    The cost model then knows whether activations are bfloat16, which ``auto`` leaves to the device.
+    """
+    threads, device = experiment.threads or default_threads(), pick_device(experiment.device)
+    precision = precision_on(torch.device(device), experiment.local.precision)
+    local = experiment.local.model_copy(update={"precision": precision})
+    return experiment.model_copy(update={"device": device, "threads": threads, "local": local})
 
 
 def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str, Split]]:

@@ -17,7 +17,7 @@ from polyrank.core.costs import NoFormulaError, memory
 from polyrank.core.lowrank import Adapter, fresh
 from polyrank.core.rng import stream
 from polyrank.core.types import LocalTraining
-from polyrank.experiment.build import default_threads, pick_device
+from polyrank.experiment.build import on_this_machine
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.planning import describe, group_budgets, load_random
 from polyrank.local.base import Base
@@ -40,13 +40,14 @@ def calibrate(experiment: Experiment, ranks: list[int] | None = None) -> dict[st
     Raises:
         ConfigError: if a rank exceeds what the modules have room for, or there are fewer than two.
     """
-    torch.set_num_threads(experiment.threads or default_threads())
+    experiment = on_this_machine(experiment)
+    torch.set_num_threads(experiment.threads)
     method, local = experiment.build_method(), experiment.local_training()
     spec = replace(describe(experiment, method), calibration=Calibration(overhead=0.0), lokr=None)  # steps are of LoRA
     chosen = sorted(set(ranks or _ranks(experiment, spec)))
     if len(chosen) < 2 or chosen[-1] > spec.full_rank:
         raise ConfigError(f"--ranks: {chosen} must be at least two ranks between 1 and {spec.full_rank}")
-    base = load_random(experiment, pick_device(experiment.device))
+    base = load_random(experiment, experiment.device)
     steps = [_step(base, spec, local, rank, experiment.model.name) for rank in chosen]
     model = spec.architecture
     assert model is not None

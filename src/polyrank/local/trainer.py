@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank, truncate
 from polyrank.core.rng import stream
-from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
+from polyrank.core.types import Client, LocalTraining, Precision, TailPenalty, Task, Update
 from polyrank.errors import TrainingError
 from polyrank.local.attach import Attachment, Batch
 from polyrank.local.base import Base
@@ -137,11 +137,16 @@ def optimizer_of(parameters: list[Tensor], local: LocalTraining) -> torch.optim.
     return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
 
 
+def precision_on(device: torch.device, wanted: Precision) -> Precision:
+    """What ``auto`` means on a device: bf16 where its accelerator has it."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def autocast(local: LocalTraining, device: torch.device) -> AbstractContextManager[object]:
     """The precision of a client's forward pass."""
-    wanted = local.precision == "bf16" or (
-        local.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    wanted = precision_on(device, local.precision) == "bf16"
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 

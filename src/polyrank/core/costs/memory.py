@@ -56,7 +56,7 @@ def memory(spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], fact
 
     Args:
         spec: the model, with its architecture.
-        local: batch, optimizer, dropout, precision, checkpointing.
+        local: batch, optimizer, dropout, precision, checkpointing. ``auto`` counts as fp32: only a device can tell.
         ranks: rank of each trained module; modules left out, or of rank 0, are frozen.
         factors: the factors that are trained.
 
