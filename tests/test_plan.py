@@ -74,6 +74,16 @@ def test_what_a_person_reads() -> None:
         assert part in text
 
 
+def test_ranks_by_layer_are_shown_where_they_differ_by_layer() -> None:
+    assert "ranks in round 1" not in shown("plan", PAPER)
+    assert "ranks in round 1" in shown("plan", PAPER, "--set", "method={name: fedra, estimate: least, rank: 24}")
+
+
+def test_who_can_afford_more_than_the_server_has_is_held_to_it() -> None:
+    lines = [line.split() for line in shown("plan", PAPER, "--set", "model.rank=20").splitlines()]
+    assert ["strong", "8", "576", "server", "rank", "20", "-", "-"] in lines
+
+
 def test_the_picture(tmp_path: Path) -> None:
     first, second = tmp_path / "a.png", tmp_path / "new" / "b.png"
     for path in (first, second):

@@ -24,7 +24,7 @@ def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
         f"{model['tokens']} positions, {model['attention']} attention"
     )
     yield ""
-    yield _budgets(groups)
+    yield _budgets(groups, planned["server_rank"])
     yield ""
     yield _memory(groups)
     yield ""
@@ -32,7 +32,7 @@ def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
     if planned["scores"]:
         yield ""
         yield _importance(planned)
-    if any(len(set(cell)) > 1 for cell in _by_block(planned).values()):
+    if any(len(set(ranks)) > 1 for ranks in zip(*_by_block(planned).values(), strict=True)):
         yield ""
         yield _ranks(planned)
     yield ""
@@ -64,15 +64,15 @@ def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:
     )
 
 
-def _budgets(groups: Sequence[Mapping[str, Any]]) -> Table:
+def _budgets(groups: Sequence[Mapping[str, Any]], server: int) -> Table:
     """A line for each limit of each group; the one that binds is bold."""
     table = _table("group", "clients", "budget", "limit", "rank", "has", "next rank needs")
     for group in groups:
         clients = "-" if group["clients"] is None else str(group["clients"])
         head = [group["name"], clients, f"[bold]{group['budget']}[/]"]
-        limits = group["limits"] or [{"name": group["limit"], "rank": group["rank"]}]
+        limits = group["limits"]
         if all(limit["name"] != group["limit"] for limit in limits):
-            limits = [{"name": group["limit"], "rank": group["rank"]}, *limits]
+            limits = [{"name": group["limit"], "rank": min(group["rank"], server)}, *limits]
         for limit in limits:
             cells = [limit["name"], str(limit["rank"]), _has(limit), _next(limit)]
             binds = limit["name"] == group["limit"]
