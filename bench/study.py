@@ -92,6 +92,7 @@ def run(job: Job, smoke: bool) -> dict[str, Any]:
         "answers": answers / len(records),
         "seconds": sum(record.seconds or 0.0 for record in records) / len(records),
         "wall_seconds": summary["wall_seconds"],
+        "commit": commit(),
     }
 
 
@@ -99,10 +100,14 @@ def stored(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"machine": None, "runs": []}
 
 
+def commit() -> str:
+    """The commit of the tree that runs; a study may be gone on with at a later one."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    return said.strip() or "unknown"
+
+
 def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     return {
-        "commit": commit.strip() or "unknown",
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "date": date.today().isoformat(),

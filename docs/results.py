@@ -24,7 +24,7 @@ Accuracy is on the test split: of the last round, and of the round that was best
 deviation over seeds {seeds}. Bytes and trained parameters are per client and round; seconds are simulated, per round,
 of the slowest client. Differences smaller than the spread are none.
 
-Made at commit {commit}, on {cores} cores, {date}. So far {stored} of the {due} runs of the study are stored;
+Made at {commits}, on {cores} cores, {date}. So far {stored} of the {due} runs of the study are stored;
 `python bench/study.py` goes on with the rest.
 """
 COLUMNS = ["method", "last round", "selected", "trained", "up", "down", "seconds", "seeds"]
@@ -36,7 +36,10 @@ def page() -> str:
     runs = stored["runs"]
     seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
     rounds = ", ".join(str(count) for count in sorted({run["rounds"] for run in runs}))
-    lines = [HEAD.format(rounds=rounds, seeds=seeds, stored=len(runs), due=stored["due"], **stored["machine"])]
+    known = list(dict.fromkeys(run["commit"] for run in runs))
+    commits = f"commit{'s' * (len(known) > 1)} {', '.join(known)}"
+    filled = {"rounds": rounds, "seeds": seeds, "commits": commits, "stored": len(runs), "due": stored["due"]}
+    lines = [HEAD.format(**filled, **stored["machine"])]
     for setting in dict.fromkeys(run["setting"] for run in runs):
         of_setting = [run for run in runs if run["setting"] == setting]
         before = mean(run["before"] for run in of_setting)
