@@ -41,9 +41,9 @@ from polyrank.core.types import Query, ServerState
 from polyrank.data import ImageSplit, TextSplit
 from polyrank.local import hf
 from polyrank.local.base import Base
+from polyrank.local.data import Examples
 from polyrank.local.digits_base import digits_config
 from polyrank.local.importance import importance
-from polyrank.local.trainer import Examples
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 SPEEDUPS = {("minilm", "through"): 5, ("digits", "through"): 5, ("digits", "one by one"): 5}

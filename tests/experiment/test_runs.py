@@ -26,8 +26,8 @@ from polyrank.experiment.session import Session, exported
 from polyrank.experiment.shares import share_data
 from polyrank.experiment.store import Run, RunError, free_folder, pack, unpack
 from polyrank.local.adapters import AdapterError, read_adapter, write_adapter
+from polyrank.local.evaluate import evaluate
 from polyrank.local.hf import load_exported
-from polyrank.local.trainer import evaluate
 from polyrank.methods import METHODS
 
 Config = dict[str, Any]

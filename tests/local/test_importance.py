@@ -17,8 +17,8 @@ from polyrank.data import ImageSplit, TextSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.local import importance as module
 from polyrank.local.base import Base
+from polyrank.local.data import Examples, by_length
 from polyrank.local.importance import importance
-from polyrank.local.trainer import Examples, by_length
 
 FAMILIES = ["bert", "bloom", "gpt2", "llama", "vit"]
 CHOSEN = np.array([41, 3, 17, 8, 30, 9, 22, 0, 5])

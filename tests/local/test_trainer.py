@@ -19,7 +19,8 @@ from polyrank.data import TextSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.errors import TrainingError
 from polyrank.local.base import Base
-from polyrank.local.trainer import evaluate, train
+from polyrank.local.evaluate import evaluate
+from polyrank.local.trainer import train
 from polyrank.methods import METHODS
 
 Adapters = Callable[..., Adapter]

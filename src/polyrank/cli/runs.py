@@ -108,8 +108,8 @@ def evaluate(
         from polyrank.experiment.config import ConfigError
         from polyrank.experiment.store import Run, RunError
         from polyrank.local.adapters import AdapterError, adapted, read_adapter
+        from polyrank.local.evaluate import evaluate as measure
         from polyrank.local.hf import load_exported
-        from polyrank.local.trainer import evaluate as measure
 
         stored = Run.open(folder)
         splits = ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""Clients in one process, one after another, on one frozen base model."""
+"""Clients in one process, on one frozen base model: together where that is faster, else one after another."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import round_seconds
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile, Query, ServerState, Task, Update
 from polyrank.local.base import Base
+from polyrank.local.data import Examples, Indices
+from polyrank.local.grouping import grouped
 from polyrank.local.importance import importance
-from polyrank.local.trainer import Examples, Indices, train
+from polyrank.local.trainer import prepare, train_together
 
 Clock = Callable[[ClientProfile, ModelSpec, Task, Update], float | None]
 
@@ -36,6 +39,7 @@ class Simulator:
         absent: probability that a client asked in a round does not answer.
         seed: the run's seed; absences have their own stream.
         clock: simulated seconds of a client's round.
+        together: most input positions of a step that clients share (`polyrank.local.grouping`); 0: each trains alone.
         holdout: prepared, labelled examples that the server keeps to measure importance on; none of `data`.
     """
 
@@ -50,9 +54,10 @@ class Simulator:
         absent: float = 0.0,
         seed: int = 0,
         clock: Clock = simulated_seconds,
+        together: int = 0,
         holdout: Examples | None = None,
     ) -> None:
-        self.spec, self.holdout = spec or base.spec, holdout
+        self.spec, self.holdout, self.together = spec or base.spec, holdout, together
         self.base, self.data, self.shares = base, data, shares
         self._profiles, self.absent, self.seed, self.clock = dict(profiles), absent, seed, clock
 
@@ -63,19 +68,32 @@ class Simulator:
     def only(self, clients: Sequence[Client]) -> Simulator:
         """The same world with these clients alone, who always answer."""
         profiles = {client: self._profiles[client] for client in clients}
-        return Simulator(self.base, self.data, self.shares, profiles, spec=self.spec, seed=self.seed, clock=self.clock)
+        return Simulator(
+            self.base,
+            self.data,
+            self.shares,
+            profiles,
+            spec=self.spec,
+            seed=self.seed,
+            clock=self.clock,
+            together=self.together,
+        )
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
-        """Trains client after client, in order; absent clients are skipped."""
-        for client in sorted(tasks):
-            task = tasks[client]
-            if not self._answers(client, task.round):
-                continue
-            update = train(self.base, task, client, self.data, self.shares[client])
-            seconds = self.clock(self._profiles[client], self.spec, task, update)
-            if seconds is not None:
-                update = replace(update, metrics={**update.metrics, "seconds": seconds})
-            yield update
+        """Trains the clients; their updates, in order. Absent clients are skipped."""
+        due = [client for client in sorted(tasks) if self._answers(client, tasks[client].round)]
+        jobs = [prepare(tasks[client], client, self.shares[client]) for client in due]
+        ready: dict[Client, Update] = {}
+        groups = grouped(jobs, self.base, self.data.lengths, self.together, torch.get_num_threads())
+        for group in sorted(groups, key=lambda group: min(job.client for job in group)):
+            ready |= {update.client: update for update in train_together(self.base, group, self.data)}
+            while due and due[0] in ready:
+                client = due.pop(0)
+                yield self._timed(ready.pop(client), tasks[client])
+
+    def _timed(self, update: Update, task: Task) -> Update:
+        seconds = self.clock(self._profiles[update.client], self.spec, task, update)
+        return update if seconds is None else replace(update, metrics={**update.metrics, "seconds": seconds})
 
     def measure(self, query: Query, state: ServerState) -> dict[str, float]:
         """The importance that `query` asks for, of the state's model: on the hold-out, or on clients' own examples.

@@ -19,7 +19,7 @@ from polyrank.core.types import ClientProfile, LocalTraining
 from polyrank.engines.simulator import Simulator
 from polyrank.experiment.build import World
 from polyrank.experiment.config import Experiment
-from polyrank.local.trainer import evaluate
+from polyrank.local.evaluate import evaluate
 from polyrank.methods.named import fedit
 
 

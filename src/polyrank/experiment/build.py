@@ -37,7 +37,7 @@ from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.local import hf, lokr
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
-from polyrank.local.trainer import precision_on
+from polyrank.local.optimizer import precision_on
 
 Split = TextSplit | ImageSplit
 

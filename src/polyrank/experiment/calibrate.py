@@ -22,7 +22,7 @@ from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.planning import describe, group_budgets, load_random
 from polyrank.local.base import Base
 from polyrank.local.measure import device_memory, model_bytes, peak_of, saved_tensors
-from polyrank.local.trainer import autocast, optimizer_of
+from polyrank.local.optimizer import autocast, optimizer_of
 
 _DEFAULT_RANKS = (4, 8, 16)
 

@@ -23,7 +23,8 @@ from polyrank.experiment.config import Experiment
 from polyrank.experiment.store import Run
 from polyrank.files import write_json
 from polyrank.local.adapters import read_adapter, write_adapter
-from polyrank.local.trainer import Indices, evaluate
+from polyrank.local.data import Indices
+from polyrank.local.evaluate import evaluate
 
 _LIBRARIES = ("torch", "numpy", "transformers", "peft", "safetensors")
 

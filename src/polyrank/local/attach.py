@@ -1,50 +1,72 @@
-"""An adapter attached to a frozen model by forward hooks, at any rank per layer, without a trace afterwards."""
+"""Adapters attached to a frozen model by forward hooks, at any rank per layer, without a trace afterwards.
+
+A tensor with one dimension more than its kind has is a stack: of a copy per example, or of a tensor per client. The
+rows of a batch then come in as many equal parts, and each part runs through its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polyrank.core.lowrank import Adapter, Factors, LowRank
-from polyrank.local import lokr
+from polyrank.local import heads, lokr
 
 Batch = Mapping[str, Tensor]
 Forward = Callable[[Batch, Mapping[str, Tensor]], Tensor]
+Scale = float | Tensor
 
 
-@dataclass(frozen=True)
+class Layer(NamedTuple):
+    """A low-rank layer on the model's device, or n of them: A (n x) r x d_in, B (n x) d_out x r, scale (n x 1 x 1)."""
+
+    A: Tensor
+    B: Tensor
+    scale: Scale
+
+
+@dataclass
 class Attachment:
     """An adapter attached to a model: call it on a batch to get logits.
 
     Attributes:
-        A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained). With copies,
-            A is b x r x d_in and B is b x d_out x r, and row i of a batch runs through copy i.
+        forward: the model, called with a batch and the dense parameters to use instead of its own.
+        A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained), or stacks.
+        scales: of the layers.
         dense: the dense parameters by name, likewise; LoKr's factors are among them.
         fixed: dense parameters that only run.
         frozen: low-rank layers that only run.
-        scales: of the layers.
-        forward: the model, called with a batch and the dense parameters of its own to use.
+        stacked: whether `dense` are stacks; the modules that own them run them then.
+        kron: the LoKr layers among the dense parameters.
     """
 
-    A: dict[str, Tensor]
-    B: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    fixed: dict[str, Tensor]
-    frozen: dict[str, LowRank]
-    scales: dict[str, float]
     forward: Forward
+    A: dict[str, Tensor] = field(default_factory=dict)
+    B: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Layer] = field(default_factory=dict)
+    stacked: bool = False
+    kron: dict[str, lokr.LoKr] = field(default_factory=dict)
+
+    def settle(self) -> Attachment:
+        """Has the LoKr layers follow the dense parameters, after these have been set."""
+        self.kron = lokr.grouped({**self.fixed, **self.dense})
+        return self
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.forward(batch, {n: t for n, t in {**self.fixed, **self.dense}.items() if not lokr.is_part(n)})
+        own = self.fixed if self.stacked else {**self.fixed, **self.dense}
+        return self.forward(batch, {name: tensor for name, tensor in own.items() if not lokr.is_part(name)})
 
     def parameters(self) -> list[Tensor]:
         """What an optimizer updates."""
@@ -55,131 +77,176 @@ class Attachment:
         frozen = [t for layer in self.frozen.values() for t in (layer.A, layer.B)]
         return [*self.A.values(), *self.B.values(), *self.dense.values(), *self.fixed.values(), *frozen]
 
-    def adapter(self) -> Adapter:
-        """The current values, detached, on the CPU."""
-        layers = {
-            name: LowRank(self.A[name].detach().cpu(), self.B[name].detach().cpu(), self.scales[name])
-            for name in self.A
-        }
-        return Adapter(layers, {name: tensor.detach().cpu() for name, tensor in self.dense.items()})
 
-
-@contextmanager
-def attached(
-    modules: Mapping[str, nn.Module],
+def attachment(
     forward: Forward,
     device: torch.device,
     adapter: Adapter,
     frozen: Adapter,
     factors: Factors | None,
-    dropout: float = 0.0,
-    rng: np.random.Generator | None = None,
-    blocks: Sequence[nn.Module] = (),
     copies: int | None = None,
-) -> Iterator[Attachment]:
-    """Attaches `adapter` in training and `frozen` beside it, until the context ends.
+) -> Attachment:
+    """`adapter` in training and `frozen` beside it, as tensors of their own on the model's device.
 
     Args:
-        modules: the model's modules by name.
-        forward: the model, called with a batch and the dense parameters to use instead of its own.
-        device: where the model is.
+        forward: the model.
+        device: where it is.
         adapter: layers at any ranks and dense parameters; their tensors are copied, never written to.
         frozen: layers and dense parameters that only run.
         factors: the factors that need gradients, with the dense parameters; None: nothing does.
-        dropout: probability that an input element of A is dropped.
-        rng: draws the dropout masks.
-        blocks: transformer blocks that keep their inputs only and run again in the backward pass.
         copies: a copy of every layer of `adapter` for each of so many examples, so that one backward pass leaves the
             gradient of each; None: one for all.
     """
     trains = factors or ""
-    live = Attachment(
-        A={name: _leaf(x.A, device, "A" in trains, copies) for name, x in adapter.layers.items()},
-        B={name: _leaf(x.B, device, "B" in trains, copies) for name, x in adapter.layers.items()},
-        dense={name: _leaf(tensor, device, factors is not None) for name, tensor in adapter.dense.items()},
-        fixed={name: tensor.to(device) for name, tensor in frozen.dense.items()},
-        frozen={n: LowRank(_leaf(x.A, device), _leaf(x.B, device), x.scale) for n, x in frozen.layers.items()},
+
+    def copied(tensor: Tensor, trained: bool) -> Tensor:
+        own = leaf(tensor, device)
+        return (own if copies is None else own.expand(copies, *own.shape)).requires_grad_(trained)
+
+    return Attachment(
+        forward,
+        A={name: copied(x.A, "A" in trains) for name, x in adapter.layers.items()},
+        B={name: copied(x.B, "B" in trains) for name, x in adapter.layers.items()},
         scales={name: x.scale for name, x in adapter.layers.items()},
-        forward=forward,
-    )
-    masks = _Masks(dropout, int(rng.integers(2**63 - 1))) if dropout and rng is not None else None
-    if masks is not None:
-        live = replace(live, forward=masks.counted(forward))
-    kron = lokr.grouped({**live.fixed, **live.dense})
-    handles = []
-    for name in {**live.A, **live.frozen, **kron}:
-        handles.append(modules[name].register_forward_hook(_hook(name, live, kron.get(name), masks)))
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        dense={name: leaf(t, device).requires_grad_(factors is not None) for name, t in adapter.dense.items()},
+        fixed={name: tensor.to(device) for name, tensor in frozen.dense.items()},
+        frozen={name: on_device(x, device) for name, x in frozen.layers.items()},
+    ).settle()
+
+
+def leaf(tensor: Tensor, device: torch.device) -> Tensor:
+    """A float32 copy. Row-major, whatever it was: products of other layouts round differently, and files keep none."""
+    return tensor.detach().to(device, torch.float32, copy=True).contiguous()
+
+
+def on_device(x: LowRank, device: torch.device) -> Layer:
+    """A layer that only runs."""
+    return Layer(leaf(x.A, device), leaf(x.B, device), x.scale)
+
+
+@contextmanager
+def hooked(
+    live: Attachment, modules: Mapping[str, nn.Module], masks: Masks | None = None, blocks: Sequence[nn.Module] = ()
+) -> Iterator[Attachment]:
+    """The attachment at work in the model, until the context ends.
+
+    Args:
+        live: what is attached; what its dictionaries hold may change meanwhile.
+        modules: the model's modules by name.
+        masks: dropout on the input of A.
+        blocks: transformer blocks that keep their inputs only and run again in the backward pass.
+    """
+    names = {**live.A, **live.frozen, **live.kron}
+    handles = [modules[name].register_forward_hook(_hook(name, live, masks)) for name in names]
+    replaced: dict[nn.Module, Callable[..., Tensor]] = {
+        block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False) for block in blocks
+    }
+    if live.stacked:
+        owners = heads.owners(name for name in live.dense if not lokr.is_part(name))
+        replaced |= {modules[name]: heads.stacked_forward(modules[name], name, live.dense) for name in owners}
+    for module, forward in replaced.items():
+        module.forward = forward
     try:
         yield live
     finally:
-        for block in blocks:
-            del block.forward
+        for module in replaced:
+            del module.forward
         for handle in handles:
             handle.remove()
 
 
-def _leaf(tensor: Tensor, device: torch.device, trained: bool = False, copies: int | None = None) -> Tensor:
-    # Row-major, whatever it was: products of other layouts round differently, and files and wires keep none.
-    copy = tensor.detach().to(device, torch.float32, copy=True).contiguous()
-    return (copy if copies is None else copy.expand(copies, *copy.shape)).requires_grad_(trained)
-
-
-def _product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """B (A x) of every position, with one A and B for all examples or one for each."""
-    if A.ndim == 2:
-        return F.linear(F.linear(x, A), B)
-    # Positions of an example side by side; a pooler sees one an example, and some models flatten (b, T, d) themselves.
-    rows = x.reshape(A.shape[0], -1, x.shape[-1])
-    return (rows @ A.mT @ B.mT).reshape(*x.shape[:-1], B.shape[1])
-
-
 def _hook(
-    name: str, live: Attachment, kron: lokr.LoKr | None, masks: _Masks | None
+    name: str, live: Attachment, masks: Masks | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Adds the updates of one module, trained and held, to its output. Dropout is LoRA's: LoKr has none."""
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].to(torch.float32)
         update = torch.zeros((), device=x.device)
-        held = live.frozen.get(name)
-        if held is not None:
-            update = F.linear(F.linear(x, held.A), held.B) * held.scale
-        if kron is not None:
-            update = update + kron(x)
+        if name in live.frozen:
+            update = _update(x, live.frozen[name])
+        if name in live.kron:
+            update = update + live.kron[name](x)
         if name in live.A:
             scale = live.scales[name]
             if masks is not None:
                 x, scale = masks.drop(name, x), scale / (1.0 - masks.probability)
-            update = update + _product(x, live.A[name], live.B[name]) * scale
+            update = update + _update(x, Layer(live.A[name], live.B[name], scale))
         return output + update.to(output.dtype)
 
     return add
 
 
-class _Masks:
-    """Dropout masks that depend on the client's stream, the forward pass and the module, and on nothing else.
+def _update(x: Tensor, layer: Layer) -> Tensor:
+    """``scale * B (A x)`` of every position."""
+    A, B, scale = layer
+    if A.ndim == 2:
+        return F.linear(F.linear(x, A), B) * scale
+    # Positions of a part side by side; a pooler sees one an example, and some models flatten (b, T, d) themselves.
+    rows = x.reshape(len(A), -1, x.shape[-1])
+    return (rows @ A.mT @ B.mT * scale).reshape(*x.shape[:-1], -1)
 
-    A block that runs again in the backward pass meets the masks it met before. They are drawn on the CPU, so that all
-    devices see the same ones, and kept as one byte per element.
+
+class Masks:
+    """Dropout masks that depend on a client's stream, its forward pass and the module, and on nothing else.
+
+    A block that runs again in the backward pass meets the masks it met before, and a client that trains together with
+    others those it would meet alone. They are drawn on the CPU, so that all devices see the same ones, and kept as one
+    byte per element.
+
+    Args:
+        probability: that an element is dropped.
+        seeds: of each client's masks; for several clients, the rows of a batch come in as many equal parts.
     """
 
-    def __init__(self, probability: float, seed: int) -> None:
-        self.probability, self.seed, self.calls = probability, seed, 0
+    def __init__(self, probability: float, seeds: Sequence[int]) -> None:
+        self.probability, self.seeds = probability, seeds
+        self.calls = [0] * len(seeds)
+        self.rows: Sequence[int] = ()
+        self.positions: Sequence[int] = ()
 
     def counted(self, forward: Forward) -> Forward:
-        """`forward`, with every call meeting new masks."""
+        """`forward` for one client, with every call meeting new masks."""
 
         def call(batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
-            self.calls += 1
+            self.meet([1])
             return forward(batch, dense)
 
         return call
 
+    def meet(self, rows: Sequence[int], positions: Sequence[int] = ()) -> None:
+        """Begins a forward pass.
+
+        Args:
+            rows: for each client that takes part (the first ones), the rows of its part that a batch of its own would
+                have; without any, it has no batch in this pass. Parts are as long as the largest.
+            positions: likewise the positions of its rows, where they are filled up to the largest.
+        """
+        self.rows, self.positions = rows, positions
+        for client, count in enumerate(rows):
+            self.calls[client] += count > 0
+
     def drop(self, name: str, x: Tensor) -> Tensor:
         """`x` with dropped elements zero; what is kept is not scaled."""
-        digest = hashlib.blake2b(f"{self.seed}/{self.calls}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        dropped = torch.rand(x.shape, generator=generator) < self.probability
+        dropped = torch.zeros(x.shape, dtype=torch.bool)
+        for client, own in enumerate(self._parts(dropped)):
+            path = f"{self.seeds[client]}/{self.calls[client]}/{name}"
+            digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            own.copy_(torch.rand(own.shape, generator=generator) < self.probability)
         return x.masked_fill(dropped.to(x.device), 0.0)
+
+    def _parts(self, mask: Tensor) -> Iterator[Tensor]:
+        """Each client's elements of a mask, without those that only fill up its part."""
+        if len(self.rows) < 2:
+            yield mask
+            return
+        parts, longest = len(self.rows), max(self.rows)
+        rest = mask.shape[1:]
+        if mask.shape[0] != parts * longest:  # a model that flattens rows and positions
+            rest = (max(self.positions), *rest)
+        cells = mask.view(parts, longest, *rest)
+        for client, count in enumerate(self.rows):
+            own = cells[client, :count]
+            # A module that sees one position of an example has none to leave out.
+            yield own[:, : self.positions[client]] if self.positions and own.ndim > 2 else own

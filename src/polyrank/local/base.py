@@ -6,8 +6,8 @@ client's own ranks; trained dense parameters (the head) are passed to each call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
 from polyrank.local.adapters import AdapterInfo, adapted
-from polyrank.local.attach import Attachment, Batch, attached
+from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
 from polyrank.local.describe import architecture
 from polyrank.local.targets import resolve_targets
 
@@ -32,6 +32,7 @@ class Base:
             which its checkpoint lacked.
         info: what an exported adapter's config says of the model.
         device: where it runs.
+        weights: elements of the backbone's linear layers.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Base:
         task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
+        self.weights = sum(d_out * d_in for d_out, d_in in shapes.values())
         self.image_size: int | None = None
         self.extra: dict[str, Any] = {}
 
@@ -93,6 +95,7 @@ class Base:
         named = dict(self.model.named_parameters())
         return {name: named[name].detach().cpu().float().clone() for name in self.head}
 
+    @contextmanager
     def attached(
         self,
         adapter: Adapter,
@@ -102,7 +105,7 @@ class Base:
         rng: np.random.Generator | None = None,
         checkpointing: bool = False,
         copies: int | None = None,
-    ) -> AbstractContextManager[Attachment]:
+    ) -> Iterator[Attachment]:
         """The base with `adapter` in training and `frozen` beside it, until the context ends.
 
         Args:
@@ -114,17 +117,27 @@ class Base:
             checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
             copies: a copy of the factors for each of so many examples, for gradients of each; None: one for all.
         """
-        lowest = min((self.spec.blocks.get(name, len(self.blocks)) for name in adapted(adapter)), default=0)
-        again = [self.modules[name] for name in self.blocks[lowest:]] if checkpointing and factors else []
-        world = self.modules, self._logits, self.device
-        return attached(*world, adapter, frozen or Adapter(), factors, dropout, rng, again, copies)
+        live = attachment(self.logits, self.device, adapter, frozen or Adapter(), factors, copies)
+        masks = Masks(dropout, [int(rng.integers(2**63 - 1))]) if dropout and rng is not None else None
+        if masks is not None:
+            live.forward = masks.counted(self.logits)
+        again = self.run_again([adapter]) if checkpointing and factors else []
+        with hooked(live, self.modules, masks, again):
+            yield live
+
+    def run_again(self, adapters: Iterable[Adapter]) -> list[nn.Module]:
+        """The blocks that keep their inputs only where activations are not kept: from the lowest adapted one."""
+        last = len(self.blocks)
+        lowest = min((self.spec.blocks.get(name, last) for x in adapters for name in adapted(x)), default=0)
+        return [self.modules[name] for name in self.blocks[lowest:]]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with: the batch without its labels, on the model's device."""
         tensors = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
         return {**tensors, **self.extra}
 
-    def _logits(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
+        """The model's logits for a batch, with `dense` instead of parameters of its own."""
         call = self.inputs(batch)
         if not dense:
             return self.model(**call).logits

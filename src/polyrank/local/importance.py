@@ -17,7 +17,7 @@ from polyrank.core.lowrank import Adapter
 from polyrank.core.types import Query, ServerState
 from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
-from polyrank.local.trainer import Examples, Indices, by_length
+from polyrank.local.data import Examples, Indices, by_length
 
 POSITIONS = 1024
 """Most input positions of a batch."""

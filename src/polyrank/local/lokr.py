@@ -23,7 +23,10 @@ _FACTORS = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", _SCALE)
 
 @dataclass(frozen=True)
 class LoKr:
-    """A module's update, ``scale * kron(w1, w2)`` with w1 (l x m) and w2 (k x n), or w2_a (k x r) @ w2_b (r x n)."""
+    """A module's update, ``scale * kron(w1, w2)`` with w1 (l x m) and w2 (k x n), or w2_a (k x r) @ w2_b (r x n).
+
+    Factors of one dimension more are stacks, one for each of as many equal parts of a batch.
+    """
 
     w1: Tensor
     w2: Tensor | tuple[Tensor, Tensor]
@@ -51,8 +54,19 @@ class LoKr:
         """
         w1 = self.w1 if self.scale == 1.0 else self.w1 * self.scale
         w2 = self.w2 if isinstance(self.w2, Tensor) else self.w2[0] @ self.w2[1]
+        if w1.ndim == 3:
+            return _in_parts(x, w1, w2)
         inner = F.linear(x.unflatten(-1, (w1.shape[1], -1)), w2)  # ... m k
         return F.linear(inner.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
+
+
+def _in_parts(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """`LoKr` with w1 (c x l x m) and w2 (c x k x n), for the c equal parts of x."""
+    parts, m = len(w1), w1.shape[2]
+    inner = x.reshape(parts, -1, w2.shape[2]) @ w2.mT  # c (p m) k
+    turned = inner.unflatten(1, (-1, m)).mT.flatten(1, 2)  # c (p k) m
+    outer = (turned @ w1.mT).unflatten(1, (-1, w2.shape[1])).mT  # c p l k
+    return outer.reshape(*x.shape[:-1], -1)
 
 
 def fresh(modules: Mapping[str, Shape], rank: int, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -107,11 +121,11 @@ def _layer(module: str, parts: Mapping[str, Tensor]) -> LoKr:
     scale = float(parts[_SCALE].detach()) if _SCALE in parts else 1.0
     if set(factors) not in ({"lokr_w1", "lokr_w2"}, {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}):
         raise ValueError(f"layer {module} has {', '.join(sorted(factors)) or 'a scale'} only")
-    if any(tensor.ndim != 2 for tensor in factors.values()):
+    if any(tensor.ndim not in (2, 3) for tensor in factors.values()):
         raise ValueError(f"layer {module}: the factors of a linear layer are matrices")
     if "lokr_w2" in factors:
         return LoKr(factors["lokr_w1"], factors["lokr_w2"], scale)
     a, b = factors["lokr_w2_a"], factors["lokr_w2_b"]
-    if a.shape[1] != b.shape[0]:
+    if a.shape[-1] != b.shape[-2]:
         raise ValueError(f"layer {module}: lokr_w2_a {tuple(a.shape)} and lokr_w2_b {tuple(b.shape)} do not fit")
     return LoKr(factors["lokr_w1"], (a, b), scale)

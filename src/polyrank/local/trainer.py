@@ -1,39 +1,26 @@
-"""A client's round: a visible training loop, and evaluation. Everything random comes from the client's own stream."""
+"""A client's round, alone or together with others: a visible training loop. Everything random is of its own stream."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank, truncate
 from polyrank.core.rng import stream
-from polyrank.core.types import Client, LocalTraining, Precision, TailPenalty, Task, Update
+from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.errors import TrainingError
-from polyrank.local.attach import Attachment, Batch
+from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
+from polyrank.local.cohort import Cohort, Job
+from polyrank.local.data import Examples, Indices
 from polyrank.local.measure import Meter
-
-Indices = npt.NDArray[np.int64]
-
-
-class Examples(Protocol):
-    """Prepared data that gives batches."""
-
-    @property
-    def labels(self) -> Indices: ...
-
-    @property
-    def lengths(self) -> Indices: ...
-
-    def batch(self, indices: Indices) -> dict[str, Tensor]: ...
+from polyrank.local.optimizer import autocast
 
 
 def train(base: Base, task: Task, client: Client, data: Examples, indices: Indices) -> Update:
@@ -41,59 +28,63 @@ def train(base: Base, task: Task, client: Client, data: Examples, indices: Indic
 
     A client with no examples, or nothing to train, returns what it was sent.
     """
-    local, rng = task.local, stream(task.seed, "fit", task.round, client)
-    dropout, again = local.dropout, local.checkpointing
-    with base.attached(task.adapter, task.frozen, task.factors, dropout, rng, again) as model:
-        parameters = model.parameters()
-        steps = list(_steps(indices, local, rng)) if parameters else []
-        optimizer = optimizer_of(parameters, local) if steps else None
-        before = _tails(model, task.penalty)
-        losses: list[float] = []
-        meter = Meter(base.model, base.device, model.tensors(), parameters)
-        for step in steps:
-            assert optimizer is not None
-            optimizer.zero_grad()
-            with meter.forward():
-                losses.append(_backward(model, data, step, task, base.device))
-            if not math.isfinite(losses[-1]):
-                raise _diverged(task, client, f"loss is {losses[-1]} in step {len(losses)}")
-            if local.clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, local.clip)
-            optimizer.step()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in parameters):
-            raise _diverged(task, client, f"weights are not finite after step {len(losses)}")
-        adapter = model.adapter()
-        if task.penalty is not None and task.penalty.prune and losses:
-            adapter = _pruned(adapter, before, _tails(model, task.penalty), task.penalty)
-    adapter = _with_frozen_factor(adapter, task)
+    return train_together(base, [prepare(task, client, indices)], data)[0]
+
+
+def prepare(task: Task, client: Client, indices: Indices) -> Job:
+    """A client's round with everything random drawn: its dropout masks, and the order of its data."""
+    rng = stream(task.seed, "fit", task.round, client)
+    seed = int(rng.integers(2**63 - 1)) if task.local.dropout else 0
+    trains = bool(task.adapter.layers or task.adapter.dense)
+    return Job(client, task, list(_steps(indices, task.local, rng)) if trains else [], seed, len(indices))
+
+
+def train_together(base: Base, jobs: Sequence[Job], data: Examples) -> list[Update]:
+    """Trains clients on one pass of the base for all, each as it would train alone; their updates, in order of `jobs`.
+
+    Args:
+        base: the frozen model.
+        jobs: those with the most steps first, and such that `polyrank.local.grouping.key` is the same for all.
+        data: prepared examples.
+    """
+    losses: list[list[float]] = [[] for _ in jobs]
+    cohort = Cohort(base, jobs)
+    with cohort.attached() as model:
+        optimizer = cohort.optimizer()
+        alone = Meter(base.model, base.device, model.tensors(), model.parameters()) if len(jobs) == 1 else None
+        for step in range(len(jobs[0].steps)):
+            active = sum(len(job.steps) > step for job in jobs)
+            if active < cohort.active:
+                cohort.keep(active)
+            with alone.forward() if alone else nullcontext():
+                found = _backward(cohort, data, step)
+            for own, loss, job in zip(losses, found, jobs, strict=False):
+                own.append(loss)
+                if not math.isfinite(loss):
+                    raise _diverged(job, f"loss is {loss} in step {len(own)}")
+            cohort.clip()
+            cohort.step(optimizer)
+    memory = alone.peak(optimizer) if alone else None
+    return [_update(cohort, at, own, memory) for at, own in enumerate(losses)]
+
+
+def _update(cohort: Cohort, at: int, losses: list[float], memory: float | None) -> Update:
+    job, adapter = cohort.jobs[at], cohort.adapter(at)
+    tensors = [*adapter.dense.values(), *(t for x in adapter.layers.values() for t in (x.A, x.B))]
+    if losses and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise _diverged(job, f"weights are not finite after step {len(losses)}")
+    penalty = job.task.penalty
+    if penalty is not None and penalty.prune and losses:
+        adapter = _pruned(adapter, job.task.adapter, penalty)
     metrics = {"steps": float(len(losses))}
     if losses:
-        metrics |= {"loss": float(np.mean(losses)), "memory": meter.peak(optimizer)}
-    return Update(client, adapter, len(indices), task.factors, metrics)
+        metrics |= {"loss": float(np.mean(losses))} | ({"memory": memory} if memory is not None else {})
+    return Update(job.client, adapter, job.examples, job.task.factors, metrics)
 
 
-def evaluate(
-    predict: Callable[[Batch], Tensor], data: Examples, indices: Indices | None = None, *, tokens: int = 2048
-) -> dict[str, float]:
-    """Accuracy and mean cross-entropy of a model, given as batch -> logits, over `data` (or `indices` of it).
-
-    Batches hold examples of similar length, at most `tokens` input positions each.
-    """
-    everything = np.arange(len(data.labels)) if indices is None else indices
-    correct, loss = 0, 0.0
-    with torch.inference_mode():
-        for chosen in by_length(everything, data.lengths, tokens):
-            batch = data.batch(chosen)
-            logits = predict(batch).float().cpu()
-            correct += int((logits.argmax(-1) == batch["labels"]).sum())
-            loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-    count = len(everything)
-    return {"accuracy": correct / count, "loss": loss / count}
-
-
-def _diverged(task: Task, client: Client, what: str) -> TrainingError:
-    advice = f"lower local.lr ({task.local.lr:g}) or set local.clip"
-    return TrainingError(f"round {task.round}, client {client!r}: {what}; {advice}")
+def _diverged(job: Job, what: str) -> TrainingError:
+    advice = f"lower local.lr ({job.task.local.lr:g}) or set local.clip"
+    return TrainingError(f"round {job.task.round}, client {job.client!r}: {what}; {advice}")
 
 
 def _steps(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> Iterator[list[Indices]]:
@@ -113,83 +104,66 @@ def _steps(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> 
         epoch += 1
 
 
-def _backward(model: Attachment, data: Examples, step: list[Indices], task: Task, device: torch.device) -> float:
-    """Gradients of one step; returns its mean loss, without the penalty."""
-    count, total = sum(len(chosen) for chosen in step), 0.0
-    for chosen in step:
-        batch = data.batch(chosen)
-        with autocast(task.local, device):
-            logits = model(batch)
-        loss = F.cross_entropy(logits.float(), batch["labels"].to(device)) * (len(chosen) / count)
-        total += float(loss.detach())
-        loss.backward()
-    if task.penalty is not None and model.A:
-        penalty = torch.stack([_tail(model, name, task.penalty) for name in model.A]).sum() * task.penalty.weight
+def _backward(cohort: Cohort, data: Examples, step: int) -> list[float]:
+    """Gradients of one step of the clients that still train; the mean loss of each, without its penalty."""
+    jobs = cohort.jobs[: cohort.active]
+    batches = [job.steps[step] for job in jobs]
+    total = torch.zeros(len(jobs))
+    for at in range(max(map(len, batches))):
+        indices, weights = _side_by_side(batches, at)
+        batch = data.batch(indices)
+        cohort.meet([len(own[at]) if at < len(own) else 0 for own in batches], batch)
+        with autocast(jobs[0].task.local, cohort.base.device):
+            logits = cohort.live(batch)
+        each = F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
+        loss = (each * weights.to(logits.device)).view(len(jobs), -1).sum(1)
+        total += loss.detach().cpu()
+        loss.sum().backward()
+    penalties = [_penalty(cohort.live, job, at) for at, job in enumerate(jobs) if job.task.penalty is not None]
+    for penalty in penalties:
         if penalty.requires_grad:
             penalty.backward()
-    return total
+    return total.tolist()
 
 
-def optimizer_of(parameters: list[Tensor], local: LocalTraining) -> torch.optim.Optimizer:
-    """The optimizer of a client's round."""
-    if local.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=local.lr, weight_decay=local.weight_decay, fused=True)
-    return torch.optim.SGD(parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
+def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[Indices, Tensor]:
+    """Batch `at` of every client's step, in parts of equal length, and each row's weight in its client's mean.
+
+    A part that is too short, or a client without such a batch, is filled up with an example of the client's own that
+    has no weight.
+    """
+    parts = [own[at] if at < len(own) else own[0][:0] for own in batches]
+    longest = max(map(len, parts))
+    fill = [np.repeat(own[0][:1], longest - len(part)) for part, own in zip(parts, batches, strict=True)]
+    counts = [sum(map(len, own)) for own in batches]
+    weights = torch.zeros(len(parts), longest)
+    for row, part, count in zip(weights, parts, counts, strict=True):
+        row[: len(part)] = 1.0 / count
+    indices = np.concatenate([piece for pair in zip(parts, fill, strict=True) for piece in pair])
+    return indices, weights.view(-1)
 
 
-def precision_on(device: torch.device, wanted: Precision) -> Precision:
-    """What ``auto`` means on a device: bf16 where its accelerator has it."""
-    if wanted != "auto":
-        return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+def _penalty(model: Attachment, job: Job, at: int) -> Tensor:
+    """A client's terms, on its own rows and columns of the stacks."""
+    assert job.task.penalty is not None
+    tails = []
+    for name, sent in job.task.adapter.layers.items():
+        A, B = (model.A[name][at], model.B[name][at]) if model.stacked else (model.A[name], model.B[name])
+        tails.append(_tail(A[: sent.rank], B[:, : sent.rank], job.task.penalty))
+    return torch.stack(tails).sum() * job.task.penalty.weight if tails else torch.zeros(())
 
 
-def autocast(local: LocalTraining, device: torch.device) -> AbstractContextManager[object]:
-    """The precision of a client's forward pass."""
-    wanted = precision_on(device, local.precision) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+def _tail(A: Tensor, B: Tensor, penalty: TailPenalty) -> Tensor:
+    keep = math.floor(penalty.decay * A.shape[0])
+    return torch.linalg.vector_norm(B[:, keep:]) * torch.linalg.vector_norm(A[keep:])
 
 
-def _tail(model: Attachment, name: str, penalty: TailPenalty) -> Tensor:
-    keep = math.floor(penalty.decay * model.A[name].shape[0])
-    norm = torch.linalg.vector_norm
-    return norm(model.B[name][:, keep:]) * norm(model.A[name][keep:])
-
-
-def _tails(model: Attachment, penalty: TailPenalty | None) -> dict[str, float]:
-    if penalty is None:
-        return {}
-    with torch.no_grad():
-        return {name: float(_tail(model, name, penalty)) for name in model.A}
-
-
-def _pruned(adapter: Adapter, before: dict[str, float], after: dict[str, float], penalty: TailPenalty) -> Adapter:
+def _pruned(adapter: Adapter, sent: Adapter, penalty: TailPenalty) -> Adapter:
     """Drops the tail rows of layers where their product of norms has become smaller; rank 1 stays."""
 
     def cut(name: str, x: LowRank) -> LowRank:
-        keep = max(math.floor(penalty.decay * x.rank), 1)
-        return truncate(x, keep) if after[name] < before[name] else x
+        before, keep = sent.layers[name], max(math.floor(penalty.decay * x.rank), 1)
+        smaller = float(_tail(x.A, x.B, penalty)) < float(_tail(before.A, before.B, penalty))
+        return truncate(x, keep) if smaller else x
 
     return Adapter({name: cut(name, x) for name, x in adapter.layers.items()}, adapter.dense)
-
-
-def _with_frozen_factor(adapter: Adapter, task: Task) -> Adapter:
-    """The factor that was not trained is the very one that was sent: it does not travel back."""
-
-    def restore(x: LowRank, sent: LowRank) -> LowRank:
-        A = x.A if "A" in task.factors else sent.A[: x.rank]
-        B = x.B if "B" in task.factors else sent.B[:, : x.rank]
-        return LowRank(A, B, x.scale)
-
-    layers = {name: restore(x, task.adapter.layers[name]) for name, x in adapter.layers.items()}
-    return Adapter(layers, adapter.dense)
-
-
-def by_length(indices: Indices, lengths: Indices, tokens: int, most: int | None = None) -> Iterator[Indices]:
-    """Batches of examples of similar length: at most `tokens` positions each, and `most` examples."""
-    order = indices[np.argsort(lengths[indices], kind="stable")[::-1]]
-    start = 0
-    while start < len(order):
-        size = max(1, min(tokens // int(max(lengths[order[start]], 1)), most or len(order)))
-        yield order[start : start + size]
-        start += size

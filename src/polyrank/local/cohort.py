@@ -1,0 +1,222 @@
+"""Clients that train together: one pass of the frozen base for all of them, adapters of each client's own.
+
+Tensors of the same layer are stacked, zero where a client's rank is lower or it lacks the layer: with rows of A and
+columns of B both zero, so are their gradients and the optimizer's states, and they stay zero. Gradients of the summed
+losses, norms, learning rates and steps are each client's own, so that training together is training alone. A cohort of
+one is a client alone, without stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.types import Client, Task
+from polyrank.local.attach import Attachment, Batch, Layer, Masks, Scale, hooked, leaf, on_device
+from polyrank.local.base import Base
+from polyrank.local.data import Indices
+from polyrank.local.optimizer import optimizer_of
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A client's round, with everything random drawn.
+
+    Attributes:
+        client: who.
+        task: what the server asks.
+        steps: its optimizer steps, each a list of batches of example indices.
+        seed: of its dropout masks.
+        examples: that it holds.
+    """
+
+    client: Client
+    task: Task
+    steps: list[list[Indices]]
+    seed: int
+    examples: int
+
+
+Key = tuple[str, str]
+"""``A``, ``B`` or ``dense``, and the name of the layer or the parameter."""
+
+
+class Cohort:
+    """The tensors of the clients that train together.
+
+    Args:
+        base: the frozen model.
+        jobs: of at least one client, those of most steps first; of one `polyrank.local.grouping.key`.
+
+    Attributes:
+        live: what is attached to the model: of all clients, or of those that `keep` has kept.
+    """
+
+    def __init__(self, base: Base, jobs: Sequence[Job]) -> None:
+        self.base, self.jobs, self.active = base, jobs, len(jobs)
+        tasks = [job.task for job in jobs]
+        layers = list(dict.fromkeys(name for task in tasks for name in task.adapter.layers))
+        held = {name: [task.adapter.layers.get(name) for task in tasks] for name in layers}
+        self.full: dict[Key, Tensor] = {
+            **{("A", name): self._stack([x and x.A for x in xs]) for name, xs in held.items()},
+            **{("B", name): self._stack([x and x.B for x in xs]) for name, xs in held.items()},
+            **{("dense", n): self._stack([task.adapter.dense[n] for task in tasks]) for n in tasks[0].adapter.dense},
+        }
+        self.scales = {name: self._scale([x.scale if x else None for x in xs]) for name, xs in held.items()}
+        self.frozen = self._frozen(tasks)
+        fixed = {name: tensor.to(base.device) for name, tensor in tasks[0].frozen.dense.items()}
+        self.masks: Masks | None = None
+        self.live = Attachment(base.logits, fixed=fixed, stacked=len(jobs) > 1)
+        self.keep(len(jobs))
+        self.runs = list(self._runs())
+
+    def keep(self, active: int) -> None:
+        """From now on only the first `active` clients run: the others have done their steps."""
+        self.active = active
+        tensors: dict[str, dict[str, Tensor]] = {"A": self.live.A, "B": self.live.B, "dense": self.live.dense}
+        for (kind, name), full in self.full.items():
+            own = full[:active] if self.live.stacked else full[0]
+            trained = any(_trains(job.task, kind) for job in self.jobs)
+            tensors[kind][name] = own.detach().requires_grad_(trained)
+        self.live.scales |= {name: _first(scale, active) for name, scale in self.scales.items()}
+        self.live.frozen |= {
+            name: Layer(_first(x.A, active), _first(x.B, active), _first(x.scale, active)) if x.A.ndim == 3 else x
+            for name, x in self.frozen.items()
+        }
+        self.live.settle()
+
+    @contextmanager
+    def attached(self) -> Iterator[Attachment]:
+        """The model with the adapters of the cohort in it, until the context ends."""
+        local = self.jobs[0].task.local
+        self.masks = Masks(local.dropout, [job.seed for job in self.jobs]) if local.dropout else None
+        again = self.base.run_again([job.task.adapter for job in self.jobs]) if local.checkpointing else []
+        with hooked(self.live, self.base.modules, self.masks, again) as live:
+            yield live
+
+    # --- one step
+
+    def meet(self, rows: Sequence[int], batch: Batch) -> None:
+        """Begins the forward pass of a batch, in which clients have so many rows of their own."""
+        if self.masks is None:
+            return
+        lengths = batch["attention_mask"].sum(1).view(len(rows), -1).tolist() if "attention_mask" in batch else []
+        self.masks.meet(rows, [max(own[:count], default=0) for own, count in zip(lengths, rows, strict=bool(lengths))])
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """One optimizer of all clients' tensors, with learning rates and weight decay of their own."""
+        self.views: list[tuple[Key, int, int, Tensor]] = []
+        groups = []
+        for start, stop in self.runs:
+            task = self.jobs[start].task
+            keys = [key for key in self.full if _trains(task, key[0])]
+            views = [(key, start, stop, self.full[key][start:stop]) for key in keys]
+            own = {"lr": task.local.lr, "weight_decay": task.local.weight_decay}
+            groups.append({"params": [view for *_, view in views], **own})
+            self.views += views
+        return optimizer_of(groups, self.jobs[0].task.local)
+
+    def gradients(self) -> dict[Key, Tensor]:
+        """The gradients of what is trained, with the client in front."""
+        tensors = {"A": self.live.A, "B": self.live.B, "dense": self.live.dense}
+        found = {key: tensors[key[0]][key[1]].grad for key in self.full}
+        return {key: g if self.live.stacked else g[None] for key, g in found.items() if g is not None}
+
+    def clip(self) -> None:
+        """Scales each client's gradients to its largest norm, as `torch.nn.utils.clip_grad_norm_` does."""
+        limits = [job.task.local.clip for job in self.jobs[: self.active]]
+        if all(limit is None for limit in limits):
+            return
+        found = self.gradients()
+        tasks = [job.task for job in self.jobs[: self.active]]
+        trains = {kind: [float(_trains(task, kind)) for task in tasks] for kind in ("A", "B", "dense")}
+        mask = {kind: torch.tensor(own, device=self.base.device) for kind, own in trains.items()}
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) * mask[key[0]] for key, g in found.items()]
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        limit = torch.tensor([float("inf") if limit is None else limit for limit in limits], device=self.base.device)
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for g in found.values():
+            g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the clients that still train; their gradients are gone afterwards."""
+        found = self.gradients()
+        for key, start, stop, view in self.views:
+            g = found.get(key)
+            view.grad = g[start:stop] if g is not None and start < self.active else None
+        optimizer.step()
+        optimizer.zero_grad()
+        for tensor in self.live.parameters():
+            tensor.grad = None
+
+    # --- the result
+
+    def adapter(self, client: int) -> Adapter:
+        """A client's adapter as it is now, at its own ranks, on the CPU. A factor it did not train is what was sent."""
+        task = self.jobs[client].task
+
+        def own(kind: str, name: str, sent: Tensor) -> Tensor:
+            if not _trains(task, kind):
+                return sent
+            part = self.full[kind, name][client][tuple(slice(size) for size in sent.shape)]
+            return part.to("cpu", copy=True).contiguous()
+
+        layers = {n: LowRank(own("A", n, x.A), own("B", n, x.B), x.scale) for n, x in task.adapter.layers.items()}
+        return Adapter(layers, {name: own("dense", name, tensor) for name, tensor in task.adapter.dense.items()})
+
+    # --- building
+
+    def _stack(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """n x the largest shape, zero where a tensor is smaller or missing."""
+        given = [tensor for tensor in tensors if tensor is not None]
+        if len(tensors) == 1:
+            return leaf(given[0], self.base.device)[None]
+        largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in given), strict=True)]
+        stacked = torch.zeros(len(tensors), *largest, device=self.base.device)
+        for own, tensor in zip(stacked, tensors, strict=True):
+            if tensor is not None:
+                own[tuple(slice(size) for size in tensor.shape)] = tensor.detach()
+        return stacked
+
+    def _scale(self, scales: Sequence[float | None]) -> Scale:
+        """The clients' common scale, or a column of theirs."""
+        given = {scale for scale in scales if scale is not None}
+        if len(given) == 1:
+            return given.pop()
+        return torch.tensor([scale or 0.0 for scale in scales], device=self.base.device).view(-1, 1, 1)
+
+    def _frozen(self, tasks: Sequence[Task]) -> dict[str, Layer]:
+        """What only runs: once for all clients where they have the very same."""
+        layers = {}
+        for name in dict.fromkeys(name for task in tasks for name in task.frozen.layers):
+            xs = [task.frozen.layers.get(name) for task in tasks]
+            if all(x is xs[0] for x in xs):
+                assert xs[0] is not None
+                layers[name] = on_device(xs[0], self.base.device)
+            else:
+                A, B = self._stack([x and x.A for x in xs]), self._stack([x and x.B for x in xs])
+                layers[name] = Layer(A, B, self._scale([x.scale if x else None for x in xs]))
+        return layers
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Neighbours that an optimizer treats alike: from, to."""
+
+        def treatment(job: Job) -> tuple[object, ...]:
+            return len(job.steps), job.task.factors, job.task.local.lr, job.task.local.weight_decay
+
+        changes = [i for i in range(1, len(self.jobs)) if treatment(self.jobs[i]) != treatment(self.jobs[i - 1])]
+        yield from pairwise([0, *changes, len(self.jobs)])
+
+
+def _trains(task: Task, kind: str) -> bool:
+    return kind == "dense" or kind in task.factors
+
+
+def _first(value: Scale, count: int) -> Scale:
+    return value[:count] if isinstance(value, Tensor) else value

@@ -1,0 +1,153 @@
+"""Who trains together: cohorts of a round's clients that cost least, by a model of what a step costs.
+
+A step costs its input positions, weighted by how deep its backward pass goes and how wide its adapters are, and a fixed
+overhead. Together, clients share the overhead; but texts are padded to the longest of all, the backward pass goes down
+to the lowest layer of all, and ranks are padded to the highest. Where the overhead is small beside a client's own batch,
+clients train one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polyrank.local.adapters import adapted
+from polyrank.local.base import Base
+from polyrank.local.cohort import Job
+from polyrank.local.data import Indices
+from polyrank.local.heads import stackable
+from polyrank.local.lokr import is_part
+
+OVERHEAD = {"cpu": 2.4e8, "cuda": 5e10}
+"""Floating-point operations that a step's fixed cost is worth, per transformer block and CPU thread (docs/performance.md).
+
+On a CPU measured: 0.24 GFLOP at one thread, by which small matrices run slower than large ones. On a GPU estimated from
+some 60 kernel launches per block of 5 us each.
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a client's round asks of a step.
+
+    Attributes:
+        steps: how many.
+        rows, positions: examples of a batch, and positions of an example (the mean of its batches' longest).
+        depth: the part of a full forward and backward pass that it takes, above 1/2 and at most 1.
+        width: operations on its adapter over those on the base.
+    """
+
+    steps: int
+    rows: int
+    positions: float
+    depth: float
+    width: float
+
+
+def key(job: Job, base: Base) -> Hashable:
+    """What clients must have in common to train together; a client that cannot has a key of its own."""
+    task, local = job.task, job.task.local
+    own = [name for name in task.adapter.dense if not is_part(name)]
+    if not job.steps or not stackable(base.modules, own):
+        return job.client
+    return (
+        (local.batch, local.accumulate, local.optimizer, local.momentum),
+        (local.dropout, local.precision, local.checkpointing),
+        tuple((name, tensor.shape) for name, tensor in task.adapter.dense.items()),
+        tuple((name, id(tensor)) for name, tensor in task.frozen.dense.items()),
+    )
+
+
+def load(job: Job, base: Base, lengths: Indices) -> Load:
+    """What a client's round asks of a step."""
+    blocks, layers = base.spec.blocks, job.task.adapter.layers
+    total = len(base.blocks) or 1
+    lowest = min((blocks.get(name, total) for name in adapted(job.task.adapter)), default=total)
+    batches = [batch for step in job.steps for batch in step]
+    elements = sum(x.A.numel() + x.B.numel() for x in layers.values())
+    return Load(
+        steps=len(job.steps),
+        rows=max(map(len, batches)),
+        positions=float(np.mean([lengths[batch].max() for batch in batches])),
+        depth=(2 * total - lowest) / (2 * total),
+        width=1.5 * elements / base.weights,
+    )
+
+
+def overhead(base: Base, threads: int) -> float:
+    """A step's fixed cost, in input positions."""
+    fixed = OVERHEAD["cpu"] * threads if base.device.type == "cpu" else OVERHEAD["cuda"]
+    return fixed * len(base.blocks) / (4 * base.weights)
+
+
+def cost(loads: Sequence[Load], fixed: float) -> float:
+    """What training these together costs, in input positions: padded to the longest, deepest and widest of them."""
+    per_position = max(x.depth for x in loads) + max(x.width for x in loads)
+    steps = [x.steps for x in loads]
+    return sum(steps) * _longest(loads) * per_position + max(steps) * fixed
+
+
+def _longest(loads: Sequence[Load]) -> float:
+    """Input positions of each client's part of a step."""
+    return max(x.rows for x in loads) * max(x.positions for x in loads)
+
+
+def cheapest(loads: Sequence[Load], fixed: float, positions: float) -> list[tuple[int, int]]:
+    """The cuts of a sequence of clients into neighbours who train together that cost least: from, to.
+
+        best[j] = min over i of best[i] + cost(loads[i:j])
+
+    Args:
+        loads: of the clients, sorted so that neighbours are alike.
+        fixed: a step's fixed cost.
+        positions: most input positions of a step of several clients.
+    """
+    best, cut = [0.0], [0]
+    for stop in range(1, len(loads) + 1):
+        options = []
+        for start in range(stop - 1, -1, -1):
+            together = loads[start:stop]
+            if len(together) > 1 and len(together) * _longest(together) > positions:
+                break
+            options.append((best[start] + cost(together, fixed), start))
+        found = min(options)
+        best.append(found[0])
+        cut.append(found[1])
+    parts: list[tuple[int, int]] = []
+    stop = len(loads)
+    while stop:
+        parts.append((cut[stop], stop))
+        stop = cut[stop]
+    return parts[::-1]
+
+
+def grouped(jobs: Sequence[Job], base: Base, lengths: Indices, positions: int, threads: int) -> list[list[Job]]:
+    """The jobs in the groups that train together; in each, those with the most steps first.
+
+    Args:
+        jobs: of a round.
+        base: the frozen model.
+        lengths: input positions of every example.
+        positions: most input positions of a step of several clients; 0: everybody trains alone.
+        threads: of the CPU.
+    """
+    alike: dict[Hashable, list[tuple[Load, Job]]] = {}
+    for job in jobs:
+        if not positions or not job.steps:
+            alike[job.client] = [(Load(0, 0, 0.0, 1.0, 0.0), job)]
+        else:
+            alike.setdefault(key(job, base), []).append((load(job, base, lengths), job))
+    fixed, groups = overhead(base, threads), []
+    for members in alike.values():
+        members.sort(key=lambda pair: (pair[0].depth, pair[0].rows, pair[0].positions, pair[0].width, pair[1].client))
+        for start, stop in cheapest([x for x, _ in members], fixed, positions):
+            together = [job for _, job in members[start:stop]]
+            groups.append(sorted(together, key=_treatment))
+    return groups
+
+
+def _treatment(job: Job) -> tuple[object, ...]:
+    """The most steps first; then those beside each other whom an optimizer treats alike."""
+    return -len(job.steps), job.task.factors, job.task.local.lr, job.task.local.weight_decay, job.client

@@ -1,0 +1,74 @@
+"""Modules that run parameters of every client's own: the trained head, where several clients train together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Stacks = Mapping[str, Tensor]
+
+
+def stackable(modules: Mapping[str, nn.Module], parameters: Iterable[str]) -> bool:
+    """Whether the modules that own these parameters can run a stack of them."""
+    return all(type(modules[owner]).__name__ in _FORWARD for owner in owners(parameters))
+
+
+def owners(parameters: Iterable[str]) -> list[str]:
+    """The modules that own these parameters, once each."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+
+
+def stacked_forward(module: nn.Module, name: str, stacks: Stacks) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a module with stacks n x ... in place of some of its parameters.
+
+    The rows of its input come in n equal parts; each runs through its own parameters, and all through the module's
+    own where there is no stack.
+
+    Args:
+        module: a linear layer or a layer normalisation.
+        name: its full name.
+        stacks: by full names of parameters; read at every call.
+    """
+    return partial(_FORWARD[type(module).__name__], module, name, stacks)
+
+
+def _linear(module: nn.Module, name: str, stacks: Stacks, x: Tensor) -> Tensor:
+    rows = _parts(name, stacks, x)
+    y = rows @ _own(module, name, stacks, "weight", 2).mT
+    return _with_bias(y, module, name, stacks).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _conv1d(module: nn.Module, name: str, stacks: Stacks, x: Tensor) -> Tensor:
+    """GPT-2's linear layer, whose weight is d_in x d_out."""
+    rows = _parts(name, stacks, x)
+    y = rows @ _own(module, name, stacks, "weight", 2)
+    return _with_bias(y, module, name, stacks).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _layer_norm(module: nn.LayerNorm, name: str, stacks: Stacks, x: Tensor) -> Tensor:
+    y = F.layer_norm(_parts(name, stacks, x), module.normalized_shape, eps=module.eps)
+    y = y * _own(module, name, stacks, "weight", 1)
+    return _with_bias(y, module, name, stacks).reshape(x.shape)
+
+
+_FORWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "LayerNorm": _layer_norm}
+
+
+def _parts(name: str, stacks: Stacks, x: Tensor) -> Tensor:
+    """x as n x rows x features."""
+    count = next(len(tensor) for parameter, tensor in stacks.items() if parameter.rpartition(".")[0] == name)
+    return x.reshape(count, -1, x.shape[-1])
+
+
+def _own(module: nn.Module, name: str, stacks: Stacks, parameter: str, ndim: int) -> Tensor:
+    """The stack of a parameter of `ndim` dimensions, or the module's own; a vector applies to every row of its part."""
+    tensor = stacks.get(f"{name}.{parameter}", getattr(module, parameter))
+    assert isinstance(tensor, Tensor)
+    return tensor[:, None] if ndim == 1 and tensor.ndim == 2 else tensor
+
+
+def _with_bias(y: Tensor, module: nn.Module, name: str, stacks: Stacks) -> Tensor:
+    return y if module.bias is None else y + _own(module, name, stacks, "bias", 1)
