@@ -68,16 +68,8 @@ class Simulator:
     def only(self, clients: Sequence[Client]) -> Simulator:
         """The same world with these clients alone, who always answer."""
         profiles = {client: self._profiles[client] for client in clients}
-        return Simulator(
-            self.base,
-            self.data,
-            self.shares,
-            profiles,
-            spec=self.spec,
-            seed=self.seed,
-            clock=self.clock,
-            together=self.together,
-        )
+        same = {"spec": self.spec, "seed": self.seed, "clock": self.clock, "together": self.together}
+        return Simulator(self.base, self.data, self.shares, profiles, **same)  # type: ignore[arg-type]
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Trains the clients; their updates, in order. Absent clients are skipped."""

@@ -2,8 +2,8 @@
 
 A step costs its input positions, weighted by how deep its backward pass goes and how wide its adapters are, and a fixed
 overhead. Together, clients share the overhead; but texts are padded to the longest of all, the backward pass goes down
-to the lowest layer of all, and ranks are padded to the highest. Where the overhead is small beside a client's own batch,
-clients train one by one.
+to the lowest layer of all, and ranks are padded to the highest. Where the overhead is small beside a client's own
+batch, clients train one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polyrank.local.heads import stackable
 from polyrank.local.lokr import is_part
 
 OVERHEAD = {"cpu": 2.4e8, "cuda": 5e10}
-"""Floating-point operations that a step's fixed cost is worth, per transformer block and CPU thread (docs/performance.md).
+"""Floating-point operations that a step's fixed cost is worth, per transformer block and CPU thread.
 
 On a CPU measured: 0.24 GFLOP at one thread, by which small matrices run slower than large ones. On a GPU estimated from
 some 60 kernel launches per block of 5 us each.
