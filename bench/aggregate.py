@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from polyrank.core.lowrank import LowRank, compress, norm, stack, truncate
+from polyrank.core.compress import compress
+from polyrank.core.lowrank import LowRank, norm, stack, truncate
 
 RANKS = [4, 4, 16, 16, 64, 64, 128, 128, 256, 256]
 SHARES = [(100 + 50 * i) / 3250 for i in range(len(RANKS))]  # unequal data sizes

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from polyrank import __version__
+from polyrank.core.compress import compress
 from polyrank.core.federate import federate
-from polyrank.core.lowrank import Adapter, combine, compress, trim, truncate
+from polyrank.core.lowrank import Adapter, combine, trim, truncate
 from polyrank.core.rng import stream
 from polyrank.core.types import RoundRecord, ServerState
 from polyrank.data.source import stratified
