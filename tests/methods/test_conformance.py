@@ -280,6 +280,16 @@ def test_the_result_is_a_function_of_the_stream(rule: Callable[..., ServerState]
 
 
 @rules
+def test_the_result_does_not_depend_on_where_it_is_computed(rule: Callable[..., ServerState]) -> None:
+    state = start(dtype=torch.float32)
+    updates = answers(state, UNEQUAL)
+    here, there = (absorb(method_of(rule), state, updates, 0, device) for device in (None, "cpu"))
+    for name, x in here.adapter.layers.items():
+        assert torch.equal(x.A, there.adapter.layers[name].A)
+        assert torch.equal(x.B, there.adapter.layers[name].B)
+
+
+@rules
 def test_what_is_remembered_is_json(rule: Callable[..., ServerState]) -> None:
     state = start()
     memory = absorb(method_of(rule), state, answers(state, UNEQUAL), 0).memory

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polyrank.core.compress import Matrix
-from polyrank.core.lowrank import LowRank, precision, stack
+from polyrank.core.lowrank import LowRank, precision, stack, zeros
 
 
 class RunningSum:
@@ -41,7 +41,7 @@ class RunningSum:
         if self.matrix is not None:
             return self.matrix / divisor
         if not self.parts:
-            return LowRank(torch.zeros(0, self.shape[1]), torch.zeros(self.shape[0], 0))
+            return zeros(self.shape, 0)
         whole = stack(self.parts)
         return LowRank(whole.A / divisor, whole.B)
 

@@ -52,6 +52,7 @@ class Session:
             rounds=e.rounds,
             cohort=e.cohort,
             errors=e.evaluate.aggregation,
+            device=e.device if e.device.startswith("cuda") else None,  # others have no float64, or are the CPU
             seed=e.seed,
             measure=world.simulator.measure,
         )

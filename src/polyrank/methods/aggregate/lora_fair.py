@@ -66,7 +66,7 @@ def _corrected(mean: LowRank, exact: Matrix, ridge: float) -> LowRank:
         return mean
     reached = exact.B.double() @ (exact.A.double() @ A.T) if isinstance(exact, LowRank) else exact.double() @ A.T
     target = reached / mean.scale  # D A^T / s
-    step = torch.linalg.solve(
-        gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device), (target - B @ gram).T
-    ).T
+    damped = gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device)
+    damped = gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device)
+    step = torch.linalg.solve(damped, (target - B @ gram).T).T
     return LowRank(mean.A, (B + step).to(mean.B.dtype), mean.scale)
