@@ -52,8 +52,9 @@ class Products:
             mass = self.mass[name]
             if mass > 0:
                 lacking = (self.all - mass) * (self.layers == "keep")
-                share = (self.share[name] + lacking).to(held.B.device, precision(held.B))
+                share = self.share[name] + lacking
                 if share.any():
+                    share = share.to(held.B.device, precision(held.B))
                     self.sums[name].add(LowRank(held.A, held.B * share, held.scale), 1.0)
                 means[name] = self.sums[name].total(mass if self.layers == "renormalise" else self.all)
         return means
