@@ -44,6 +44,7 @@ real: $(VENV)/.dev ## real models and data, where they are present; says what it
 
 bench: $(VENV)/.dev ## ratios against the usual ways: aggregation, memory, importance
 	$(BIN)/python bench/aggregate.py
+	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/importance.py --check
 

@@ -1,11 +1,11 @@
 """polyrank: one Hugging Face model, fine-tuned by many clients that cannot afford the same LoRA."""
 
+from polyrank.core.compress import compress
 from polyrank.core.fake import FakeClients
 from polyrank.core.federate import absorb, federate, plan, sample, scored
 from polyrank.core.lowrank import (
     Adapter,
     LowRank,
-    compress,
     delta,
     fresh,
     mean,

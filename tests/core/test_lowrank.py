@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polyrank.core.compress import compress
 from polyrank.core.lowrank import (
     Adapter,
     LowRank,
     combine,
-    compress,
     delta,
     fresh,
     inner,

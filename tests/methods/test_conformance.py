@@ -280,6 +280,28 @@ def test_the_result_is_a_function_of_the_stream(rule: Callable[..., ServerState]
 
 
 @rules
+def test_the_result_does_not_depend_on_where_it_is_computed(rule: Callable[..., ServerState]) -> None:
+    state = start(dtype=torch.float32)
+    updates = answers(state, UNEQUAL)
+    here, there = (absorb(method_of(rule), state, updates, 0, device) for device in (None, "cpu"))
+    for name, x in here.adapter.layers.items():
+        assert torch.equal(x.A, there.adapter.layers[name].A)
+        assert torch.equal(x.B, there.adapter.layers[name].B)
+
+
+# Those that read no value while they compute: torch's meta device has shapes and devices only.
+@pytest.mark.parametrize("name", ["fedex_lora", "fedit", "flexlora", "flora", "rb_lora", "rbla"])
+def test_no_rule_mixes_devices(name: str) -> None:
+    def there(adapter: Adapter) -> Adapter:
+        return Adapter({n: LowRank(x.A.to("meta"), x.B.to("meta"), x.scale) for n, x in adapter.layers.items()})
+
+    state = start()
+    updates = [replace(u, adapter=there(u.adapter)) for u in answers(state, UNEQUAL)]
+    after = AGGREGATORS[name](replace(state, adapter=there(state.adapter)), iter(updates), stream(0, "x"))
+    assert {n: x.shape for n, x in after.adapter.layers.items()} == SPEC.modules
+
+
+@rules
 def test_what_is_remembered_is_json(rule: Callable[..., ServerState]) -> None:
     state = start()
     memory = absorb(method_of(rule), state, answers(state, UNEQUAL), 0).memory

@@ -197,7 +197,7 @@ def layers(draw: st.DrawFn) -> LowRank:
 @given(layers())
 @settings(deadline=None, max_examples=300)
 def test_refactoring_keeps_the_delta_and_balances_what_has_energy(x: LowRank) -> None:
-    y = refactored(x, stream(0, "refactor"))
+    y = refactored({"x": x}, stream(0, "refactor"))["x"]
     y = LowRank(y.A.float(), y.B.float(), y.scale)  # as the server keeps it
     before, after = delta(wide(x)), delta(wide(y))
     assert (y.rank, y.scale, y.shape) == (x.rank, x.scale, x.shape)
@@ -215,7 +215,7 @@ def test_refactoring_keeps_the_delta_and_balances_what_has_energy(x: LowRank) ->
 
 def test_a_rank_beyond_the_layer_starts_fresh_rows() -> None:
     x = fresh((5, 3), 6, 1.0, stream(0, "x"))
-    y = refactored(x, stream(0, "y"))
+    y = refactored({"x": x}, stream(0, "y"))["x"]
     assert (y.rank, bool(y.A.any(dim=1).all()), bool(y.B.any())) == (6, True, False)
 
 

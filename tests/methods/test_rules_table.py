@@ -35,6 +35,13 @@ def cells(rules: ModuleType, name: str, **changes: object) -> list[str]:
     return [cell.strip() for cell in rules.row(name, method).split("|")[2:-1]]
 
 
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_no_update_outlives_its_turn(rules: ModuleType, name: str) -> None:
+    """gamma needs everybody's ranks before any term can be added; every other rule adds updates as they come."""
+    method = rules.replace(rules.fedit(), aggregate=AGGREGATORS[name])
+    assert rules.streams(method, rules.start(method)) == (name not in ("rb_lora", "raflora"))
+
+
 def test_the_measurement_knows_what_the_literature_does(rules: ModuleType) -> None:
     """Claims that papers prove, so that the table is not merely self-consistent."""
     assert cells(rules, "flora")[:3] == ["yes", "yes", "yes"]

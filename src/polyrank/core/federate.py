@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from polyrank.core.costs import NoFormulaError, task_memory
 from polyrank.core.exactness import aggregation_error
-from polyrank.core.lowrank import Adapter, Factors, combine, precision
+from polyrank.core.lowrank import Adapter, Factors, LowRank, combine, precision
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import (
@@ -123,18 +124,28 @@ def plan(
     return tasks
 
 
-def absorb(method: Method, state: ServerState, updates: Iterable[Update], seed: int) -> ServerState:
+def absorb(
+    method: Method, state: ServerState, updates: Iterable[Update], seed: int, device: str | torch.device | None = None
+) -> ServerState:
     """The next state. Updates are taken one by one, in ascending order of client.
 
     The rule sees the low-rank layers; dense parameters are averaged here, by the rule that ``method.dense`` names,
     over the clients that sent them; what `plan` froze nobody sends. With no updates at all, only the round advances.
+
+    With a `device`, the low-rank layers are moved there as they come, the rule computes there, and its result comes
+    back to the CPU: a GPU decomposes all layers of a shape at once. The rules need float64.
 
     Raises:
         ValueError: if updates are not in strictly ascending order of client, or carry unknown or misshapen layers.
     """
     dense = _DenseMean(state.adapter.dense, uniform=method.dense == "uniform")
     rng = stream(seed, "aggregate", state.round)
-    absorbed = method.aggregate(state, dense.watch(_checked(state, updates)), rng)
+    watched = dense.watch(_checked(state, updates))
+    if device is None:
+        absorbed = method.aggregate(state, watched, rng)
+    else:
+        there = method.aggregate(_state_on(state, device), (_update_on(update, device) for update in watched), rng)
+        absorbed = _state_on(there, "cpu")
     adapter = Adapter(absorbed.adapter.layers, {**state.adapter.dense, **dense.finish()})
     return replace(absorbed, round=state.round + 1, adapter=adapter)
 
@@ -149,13 +160,14 @@ def federate(
     rounds: int,
     cohort: int | None = None,
     errors: bool = False,
+    device: str | torch.device | None = None,
     seed: int = 0,
     measure: Measurement | None = None,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 
     With `errors`, records say how exact each aggregate is (`aggregation_error`), for which the low-rank layers of the
-    cohort are kept until the round ends, also where the rule streams.
+    cohort are kept until the round ends, also where the rule streams. `device` is where the rule computes (`absorb`).
 
     Raises:
         ValueError: if there are no clients, or the method's scorer needs a `measure` and there is none.
@@ -172,7 +184,7 @@ def federate(
         ledger = _Ledger(state.round, method.factors(state.round), now, tasks, spec)
         kept: list[Update] = []
         updates = ledger.watch(clients.fit(tasks))
-        absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed)
+        absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed, device)
         record = ledger.record(aggregation_error(state, absorbed, tasks, kept) if errors else None)
         state = absorbed
         yield state, record
@@ -183,6 +195,19 @@ def _keeping(kept: list[Update], updates: Iterable[Update]) -> Iterator[Update]:
     for update in updates:
         kept.append(replace(update, adapter=Adapter(update.adapter.layers)))
         yield update
+
+
+def _layers_on(adapter: Adapter, device: str | torch.device) -> Adapter:
+    layers = {name: LowRank(x.A.to(device), x.B.to(device), x.scale) for name, x in adapter.layers.items()}
+    return replace(adapter, layers=layers)
+
+
+def _state_on(state: ServerState, device: str | torch.device) -> ServerState:
+    return replace(state, adapter=_layers_on(state.adapter, device), folded=_layers_on(state.folded, device))
+
+
+def _update_on(update: Update, device: str | torch.device) -> Update:
+    return replace(update, adapter=_layers_on(update.adapter, device))
 
 
 def _checked(state: ServerState, updates: Iterable[Update]) -> Iterator[Update]:

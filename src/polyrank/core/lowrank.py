@@ -1,8 +1,8 @@
 """The algebra: one value carries a layer's low-rank update, and aggregation rules are words over it.
 
 A layer's update is ``delta(x) = x.scale * x.B @ x.A``. The scale (PEFT's alpha / r) is part of the value, so
-no rule can forget it. Nothing here forms a d_out x d_in matrix, except `delta`, whose purpose that is, and
-`compress` where the stacked rank is so large that the factors would be the bigger object.
+no rule can forget it. Nothing here forms a d_out x d_in matrix, except `delta`, whose purpose that is. The best
+approximation of lower rank is in `polyrank.core.compress`.
 
 Weights are float64; sums are accumulated in the factors' own precision, at least float32.
 """
@@ -20,11 +20,8 @@ from torch import Tensor
 
 from polyrank.core.rng import torch_generator
 
-Split = Literal["energy", "balanced"]
 Fold = Literal["B", "both"]
 Factors = Literal["A", "B", "AB"]
-
-_FAINT = 1e-6  # of the largest energy: less is rounding, or has yet to be learnt
 
 
 @dataclass(frozen=True)
@@ -163,78 +160,6 @@ def stack(xs: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowR
     A = torch.cat([x.A.to(dtype) * (w * x.scale) for x, w in zip(xs, ws, strict=True)])
     B = torch.cat([x.B.to(dtype) for x in xs], dim=1)
     return LowRank(A, B, 1.0)
-
-
-def compress(x: LowRank, rank: int | None = None, split: Split = "energy") -> LowRank:
-    """The best approximation of `x` of at most `rank`, from its factors alone.
-
-    With m rows, ``B = Qb Rb`` and ``A^T = Qa Ra``; the singular value decomposition of the m x m core
-    ``Rb Ra^T = U' S V'^T`` gives ``U = Qb U'`` and ``V = Qa V'``. Exact to rounding; 4 (d_out + d_in) m^2 +
-    26 m^3 flops and about (d_out + d_in) m words. A side with m >= d needs no QR. Where m reaches both
-    dimensions, the product is the smaller object and is decomposed itself. Either is formed and decomposed in
-    float64: it is small, and where singular values lie close its rounding would be most of the error.
-
-    Rows are ordered by energy and their signs fixed (the largest entry of each row of V^T is positive), so
-    truncating the result *is* the truncated SVD: one factorisation serves receivers of every rank.
-
-    Args:
-        x: the update; bfloat16 factors are computed and returned in float32.
-        rank: the largest rank of the result (default: all of it, lossless).
-        split: ``energy`` puts S into B and leaves orthonormal rows in A. ``balanced`` gives both factors
-            sqrt(S); directions of less than 1e-6 of the largest energy, none included, are split as by ``energy``:
-            with (next to) nothing on both sides they would never learn again.
-
-    Returns:
-        An update of rank min(rank, m, d_out, d_in) and scale 1.
-    """
-    d_out, d_in = x.shape
-    dtype = precision(x.A, x.B)
-    A, B = x.A.to(dtype), x.B.to(dtype)
-    B = B if x.scale == 1.0 else B * x.scale
-    m = x.rank
-    keep = min(m, d_out, d_in) if rank is None else min(rank, m, d_out, d_in)
-    del x  # here and below: stacked factors are the largest objects, so each is let go as soon as it is used
-    if m >= max(d_out, d_in):  # the product is no larger than either factor
-        U, S, Vt = _svd(B, A)
-    else:
-        left, Rb = (None, B) if m >= d_out else _reflectors(B)
-        del B
-        right, Ra = (None, A.T) if m >= d_in else _reflectors(A.T)
-        del A
-        core_U, S, core_Vt = _svd(Rb, Ra.T)
-        U = _rotate(left, core_U[:, :keep])
-        Vt = _rotate(right, core_Vt[:keep].T).T
-    U, S, Vt = U[:, :keep], S[:keep].clone(), Vt[:keep]
-    if keep:
-        S[S[0] * 4 * torch.finfo(dtype).eps >= S] = 0.0  # rounding, not energy
-        sign = torch.sign(Vt.gather(1, Vt.abs().argmax(dim=1, keepdim=True))).squeeze(1)
-        U, Vt = U * sign, Vt * sign[:, None]
-    if split == "energy":
-        return LowRank(Vt.contiguous(), U * S)
-    root = torch.where(_FAINT * S[:1] < S, S.sqrt(), 1.0)
-    return LowRank(Vt * root[:, None], U * (S / root))
-
-
-def _svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin singular value decomposition of ``left @ right``, computed in float64, in the arguments' dtype."""
-    U, S, Vt = torch.linalg.svd(left.double() @ right.double(), full_matrices=False)
-    return U.to(left.dtype), S.to(left.dtype), Vt.to(left.dtype)
-
-
-def _reflectors(M: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """QR of a tall M as Householder reflectors (Q is never formed) and the square factor R."""
-    reflectors, tau = torch.geqrf(M)
-    return (reflectors, tau), reflectors[: M.shape[1]].triu()
-
-
-def _rotate(reflectors: tuple[Tensor, Tensor] | None, small: Tensor) -> Tensor:
-    """Q @ small, with Q given by `_reflectors` (None: Q is the identity)."""
-    if reflectors is None:
-        return small
-    packed, tau = reflectors
-    padded = small.new_zeros(packed.shape[0], small.shape[1])
-    padded[: small.shape[0]] = small
-    return torch.ormqr(packed, tau, padded)
 
 
 def trim(x: LowRank) -> LowRank:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from polyrank.core.compress import compress, compress_all
 from polyrank.core.federate import absorb
-from polyrank.core.lowrank import Adapter, LowRank, combine, compress, pad, rescale, trim, truncate, zeros
+from polyrank.core.lowrank import Adapter, LowRank, combine, pad, rescale, trim, truncate, zeros
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState, Update
@@ -36,10 +37,10 @@ class Merged:
         held = self.state.adapter.layers
         layers = dict(self._total().layers)
         if rank is not None:
-            layers = {name: compress(x, rank) for name, x in layers.items()}
+            layers = compress_all(layers, rank)
         elif self.state.folded.layers:
             # A fold stacks more rows than its rank: no weighted sum of the adapters exceeds the room the server has.
-            layers = {name: compress(x, held[name].rank) for name, x in layers.items()}
+            layers = compress_all(layers, {name: held[name].rank for name in layers})
         return self._written({name: trim(x) for name, x in layers.items()})
 
     def client(self, rank: int) -> Adapter:

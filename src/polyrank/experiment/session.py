@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from polyrank import __version__
+from polyrank.core.compress import compress
 from polyrank.core.federate import federate
-from polyrank.core.lowrank import Adapter, combine, compress, trim, truncate
+from polyrank.core.lowrank import Adapter, combine, trim, truncate
 from polyrank.core.rng import stream
 from polyrank.core.types import RoundRecord, ServerState
 from polyrank.data.source import stratified
@@ -52,6 +53,7 @@ class Session:
             rounds=e.rounds,
             cohort=e.cohort,
             errors=e.evaluate.aggregation,
+            device=e.device if e.device.startswith("cuda") else None,  # others have no float64, or are the CPU
             seed=e.seed,
             measure=world.simulator.measure,
         )

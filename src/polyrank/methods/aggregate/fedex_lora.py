@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from polyrank.core.lowrank import stack
+from polyrank.core.running import factored
 from polyrank.core.types import ServerState, Update
+from polyrank.methods.aggregate.products import Products, fold
 from polyrank.methods.aggregate.sums import (
     Absent,
     Weights,
     factor_mean,
-    fold,
-    products,
     weighted,
     with_layers,
 )
@@ -44,10 +44,10 @@ def fedex_lora(
     Note:
         Weights are uniform, as published. Released code adds the transpose of the residual to square layers.
     """
-    kept = list(weighted(updates, weights))
     server = state.adapter.layers
-    mean = factor_mean(server, kept, rows=rows, layers=layers)
-    terms = products(server, kept, layers, rows)
+    sums = Products(server, layers, rows)
+    mean = factor_mean(server, sums.watch(weighted(updates, weights)), rows=rows, layers=layers)
     state = with_layers(state, mean)
-    residuals = {name: stack([*t.xs, state.adapter.layers[name]], [*t.weights, -1.0]) for name, t in terms.items()}
+    exact = {name: factored(x) for name, x in sums.finish().items()}
+    residuals = {name: stack([x, state.adapter.layers[name]], [1.0, -1.0]) for name, x in exact.items()}
     return replace(state, folded=fold(state.folded, residuals))

@@ -8,7 +8,8 @@ import numpy as np
 
 from polyrank.core.method import Positive
 from polyrank.core.types import ServerState, Update
-from polyrank.methods.aggregate.sums import Absent, Weights, factor_mean, settle, weighted, with_layers
+from polyrank.methods.aggregate.products import settle
+from polyrank.methods.aggregate.sums import Absent, Weights, factor_mean, weighted, with_layers
 
 
 def fedsvd(
@@ -46,5 +47,5 @@ def fedsvd(
     mean = factor_mean(server, weighted(updates, weights), rows=rows, layers=layers)
     done = state.round + 1 - warmup
     if done > 0 and done % period == 0:
-        mean = {name: settle(x, server[name], rng) for name, x in mean.items()}
+        mean = settle(mean, server, rng)
     return with_layers(state, mean)

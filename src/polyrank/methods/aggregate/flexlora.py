@@ -8,7 +8,8 @@ import numpy as np
 
 from polyrank.core.method import Positive
 from polyrank.core.types import ServerState, Update
-from polyrank.methods.aggregate.sums import Absent, Weights, products, settle, weighted, with_layers
+from polyrank.methods.aggregate.products import products, settle
+from polyrank.methods.aggregate.sums import Absent, Weights, weighted, with_layers
 
 
 def flexlora(
@@ -42,6 +43,6 @@ def flexlora(
     Note:
         The released code forms the d_out x d_in product and fixes alpha to 16; here every client's own scale counts.
     """
-    terms = products(state.adapter.layers, weighted(updates, weights), layers)
     server = state.adapter.layers
-    return with_layers(state, {name: settle(t.exact(), server[name], rng, rank) for name, t in terms.items()})
+    means = products(server, weighted(updates, weights), layers)
+    return with_layers(state, settle(means, server, rng, rank))

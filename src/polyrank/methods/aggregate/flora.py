@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from polyrank.core.lowrank import fresh
+from polyrank.core.running import factored
 from polyrank.core.types import ServerState, Update
-from polyrank.methods.aggregate.sums import Absent, Weights, fold, products, weighted, with_layers
+from polyrank.methods.aggregate.products import fold, products
+from polyrank.methods.aggregate.sums import Absent, Weights, weighted, with_layers
 
 
 def flora(
@@ -32,9 +34,9 @@ def flora(
         Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations.
         arXiv 2409.05976.
     """
-    terms = products(state.adapter.layers, weighted(updates, weights), layers)
-    folded = fold(state.folded, {name: t.exact() for name, t in terms.items()})
+    means = products(state.adapter.layers, weighted(updates, weights), layers)
+    folded = fold(state.folded, {name: factored(x) for name, x in means.items()})
     restarted = {
-        name: fresh(x.shape, x.rank, x.scale, rng) for name, x in state.adapter.layers.items() if name in terms
+        name: fresh(x.shape, x.rank, x.scale, rng) for name, x in state.adapter.layers.items() if name in means
     }
     return with_layers(replace(state, folded=folded), restarted)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from polyrank.core.lowrank import LowRank, compress, pad
+from polyrank.core.compress import compress_all
+from polyrank.core.lowrank import LowRank, pad
 from polyrank.core.types import ServerState, Update
 from polyrank.methods.aggregate.sums import Absent, Weights, factor_mean, weighted, with_layers
 
@@ -53,16 +54,16 @@ def hralora(
     rows: Absent = "renormalise" if segments else "keep"
     mean = factor_mean(server, weighted(updates, weights), rows=rows)
     if refactor:
-        mean = {name: refactored(x, rng) for name, x in mean.items()}
+        mean = refactored(mean, rng)
     return with_layers(state, mean)
 
 
-def refactored(x: LowRank, rng: np.random.Generator) -> LowRank:
-    """The same delta, scale and rank, with components sorted by energy and the factors balanced.
+def refactored(layers: Mapping[str, LowRank], rng: np.random.Generator) -> dict[str, LowRank]:
+    """The same deltas, scales and ranks, with components sorted by energy and the factors balanced.
 
     In float64, so that the only rounding is that of the result. The scale stays aside: ``B A`` is factorised, and
     ``scale * B A`` stays what it was.
     """
-    product = LowRank(x.A.double(), x.B.double())
-    y = pad(compress(product, split="balanced"), x.rank, rng)
-    return LowRank(y.A, y.B, x.scale)
+    found = compress_all({n: LowRank(x.A.double(), x.B.double()) for n, x in layers.items()}, split="balanced")
+    wide = {name: pad(found[name], x.rank, rng) for name, x in layers.items()}
+    return {name: LowRank(wide[name].A, wide[name].B, x.scale) for name, x in layers.items()}

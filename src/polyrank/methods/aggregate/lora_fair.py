@@ -7,14 +7,14 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from polyrank.core.compress import Matrix
 from polyrank.core.lowrank import LowRank
 from polyrank.core.types import ServerState, Update
+from polyrank.methods.aggregate.products import Products
 from polyrank.methods.aggregate.sums import (
     Absent,
-    Terms,
     Weights,
     factor_mean,
-    products,
     weighted,
     with_layers,
 )
@@ -52,20 +52,21 @@ def lora_fair(
     Note:
         The paper minimises a similarity by gradient steps; this is its closed form for the squared Frobenius norm.
     """
-    kept = list(weighted(updates, weights))
     server = state.adapter.layers
-    mean = factor_mean(server, kept, rows=rows, layers=layers)
-    terms = products(server, kept, layers, rows)
-    return with_layers(state, {name: _corrected(mean[name], t, ridge) for name, t in terms.items()})
+    sums = Products(server, layers, rows)
+    mean = factor_mean(server, sums.watch(weighted(updates, weights)), rows=rows, layers=layers)
+    return with_layers(state, {name: _corrected(mean[name], x, ridge) for name, x in sums.finish().items()})
 
 
-def _corrected(mean: LowRank, terms: Terms, ridge: float) -> LowRank:
+def _corrected(mean: LowRank, exact: Matrix, ridge: float) -> LowRank:
     A, B = mean.A.double(), mean.B.double()
     gram = A @ A.T
     level = float(gram.diagonal().mean()) if mean.rank else 0.0
     if not level > 0:
         return mean
-    exact = terms.exact()
-    target = exact.B.double() @ (exact.A.double() @ A.T) / mean.scale  # D A^T / s
-    step = torch.linalg.solve(gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype), (target - B @ gram).T).T
+    reached = exact.B.double() @ (exact.A.double() @ A.T) if isinstance(exact, LowRank) else exact.double() @ A.T
+    target = reached / mean.scale  # D A^T / s
+    damped = gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device)
+    damped = gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device)
+    step = torch.linalg.solve(damped, (target - B @ gram).T).T
     return LowRank(mean.A, (B + step).to(mean.B.dtype), mean.scale)

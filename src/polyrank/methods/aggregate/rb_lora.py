@@ -9,15 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyrank.core.lowrank import LowRank, compress, stack, tail
+from polyrank.core.compress import Matrix, compress
+from polyrank.core.lowrank import LowRank, stack, tail
 from polyrank.core.method import Positive
 from polyrank.core.types import ServerState, Update
+from polyrank.methods.aggregate.products import settle
 from polyrank.methods.aggregate.sums import (
-    Terms,
     Weights,
     factor_mean,
-    products,
-    settle,
     weighted,
     with_layers,
 )
@@ -59,14 +58,16 @@ def rb_lora(
     Note:
         Released code never applies gamma, and redistributes with V where V^T is meant.
     """
-    kept = list(weighted(updates, weights))
     server = state.adapter.layers
     if space == "factor":
-        mean = factor_mean(server, kept)
-        return with_layers(state, {name: settle(x, server[name], rng, rank) for name, x in mean.items()})
-    terms = products(server, kept, "renormalise")
-    balanced = {name: _balanced(t, server[name], align) for name, t in terms.items()}
-    return with_layers(state, {name: settle(x, server[name], rng, rank) for name, x in balanced.items()})
+        return with_layers(state, settle(factor_mean(server, weighted(updates, weights)), server, rng, rank))
+    kept = list(weighted(updates, weights))  # gamma is known once everybody's rank is
+    balanced: dict[str, Matrix] = {}
+    for name, held in server.items():
+        owned = [(u.adapter.layers[name], w) for u, w in kept if name in u.adapter.layers]
+        if sum(w for _, w in owned) > 0:
+            balanced[name] = _balanced(owned, held, align)
+    return with_layers(state, settle(balanced, server, rng, rank))
 
 
 def rarity(ranks: Sequence[int], weights: Sequence[float]) -> npt.NDArray[np.float64]:
@@ -84,12 +85,14 @@ def rarity(ranks: Sequence[int], weights: Sequence[float]) -> npt.NDArray[np.flo
     return beta
 
 
-def _balanced(terms: Terms, server: LowRank, align: bool) -> LowRank:
+def _balanced(owned: Sequence[tuple[LowRank, float]], server: LowRank, align: bool) -> LowRank:
     """``sum_i s_i B_i diag(gamma_i) A_i`` plus the server's levels that nobody owns, in factored form."""
-    xs = [compress(x) if align else x for x in terms.xs]
-    beta = rarity([x.rank for x in xs], terms.weights)
+    xs = [compress(x) if align else x for x, _ in owned]
+    total = sum(w for _, w in owned)
+    shares = [w / total for _, w in owned]
+    beta = rarity([x.rank for x in xs], shares)
     levels = [
-        LowRank(x.A, x.B * torch.from_numpy(w * beta[: x.rank]).to(x.B.dtype), x.scale)
-        for x, w in zip(xs, terms.weights, strict=True)
+        LowRank(x.A, x.B * torch.from_numpy(w * beta[: x.rank]).to(x.B.device, x.B.dtype), x.scale)
+        for x, w in zip(xs, shares, strict=True)
     ]
     return stack([*levels, tail(server, len(beta))])

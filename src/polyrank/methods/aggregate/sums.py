@@ -1,4 +1,4 @@
-"""What the rules share: weights, means of factors that stream, and exact sums of products.
+"""What the rules share: weights, what clients may lack, and means of factors that stream.
 
 A rule must say what becomes of a row or a layer that some clients do not hold. Three words cover the field:
 
@@ -13,13 +13,13 @@ never learn again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import torch
 
-from polyrank.core.lowrank import Adapter, Factors, LowRank, combine, compress, pad, precision, rescale, stack, zeros
+from polyrank.core.compress import compress
+from polyrank.core.lowrank import Adapter, Factors, LowRank, pad, precision, rescale, zeros
 from polyrank.core.types import ServerState, Update
 
 Absent = Literal["renormalise", "zero", "keep"]
@@ -113,7 +113,8 @@ class _Sum:
         kept, weight = torch.where(nobody, 1.0, kept), torch.where(nobody, 1.0, weight)
         held = pad(self.server, self.rows.numel())
         dtype = self.layer.A.dtype
-        keep, per = (kept / weight).to(dtype), (1.0 / weight).to(dtype)
+        device = self.layer.A.device
+        keep, per = (kept / weight).to(device, dtype), (1.0 / weight).to(device, dtype)
         A = self.layer.A * per[:, None] + held.A.to(dtype) * keep[:, None]
         B = self.layer.B * per + held.B.to(dtype) * keep
         if "A" not in self.trained:
@@ -128,67 +129,6 @@ def _at_server_rank(x: LowRank, server: LowRank) -> LowRank:
     if x.rank <= server.rank:
         return x
     return rescale(compress(x, server.rank), server.scale)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """A layer's updates and their normalised weights, so that the exact aggregate is ``sum w_i delta(x_i)``."""
-
-    xs: list[LowRank]
-    weights: list[float]
-
-    def exact(self) -> LowRank:
-        """The exact aggregate in factored form, of rank ``sum r_i``."""
-        return stack(self.xs, self.weights)
-
-
-def products(
-    server: Mapping[str, LowRank], updates: Iterable[tuple[Update, float]], layers: Absent, rows: Absent = "zero"
-) -> dict[str, Terms]:
-    """For every layer that somebody holds, its updates with weights that make the aggregate of products exact.
-
-    A row that a client lacks adds nothing to its product, unless `rows` is ``keep``: then the server's row counts.
-    Keeps the cohort's factors: sums of products do not stream in factored form.
-
-    Args:
-        server: the server's layers.
-        updates: updates with their weights.
-        layers: what a client counts as that does not hold the layer.
-        rows: what a client counts as in rows beyond its rank; ``keep`` is right where it ran the server's, frozen.
-    """
-    kept = list(updates)
-    total = sum(weight for _, weight in kept)
-    terms = {}
-    for name, held in server.items():
-        holders = [(u.adapter.layers[name], w) for u, w in kept if name in u.adapter.layers]
-        mass = sum(w for _, w in holders)
-        if not mass > 0:
-            continue
-        whole = mass if layers == "renormalise" else total
-        xs, ws = [x for x, _ in holders], [w / whole for _, w in holders]
-        share = torch.full((held.rank,), (total - mass) / whole * (layers == "keep"), dtype=torch.float64)
-        for x, w in zip(xs, ws, strict=True):
-            share[x.rank :] += w * (rows == "keep")
-        if share.any():
-            xs, ws = [*xs, LowRank(held.A, held.B * share.to(precision(held.B)), held.scale)], [*ws, 1.0]
-        terms[name] = Terms(xs, ws)
-    return terms
-
-
-def settle(x: LowRank, server: LowRank, rng: np.random.Generator, rank: int | None = None) -> LowRank:
-    """The best approximation of `x` at the server's rank (or `rank`), under the server's scale.
-
-    Rows are ordered by energy. If `x` has fewer rows than that, the rest start fresh, so that they can learn.
-    """
-    rank = server.rank if rank is None else rank
-    return rescale(pad(compress(x, rank), rank, rng), server.scale)
-
-
-def fold(folded: Adapter, residuals: Mapping[str, LowRank]) -> Adapter:
-    """The frozen part with `residuals` added, exactly. Never of a rank above the layer's smaller dimension."""
-    grown = combine([folded, Adapter(residuals)])
-    layers = {name: compress(x) if x.rank > min(x.shape) else x for name, x in grown.layers.items()}
-    return Adapter(layers, grown.dense)
 
 
 def with_layers(state: ServerState, layers: Mapping[str, LowRank]) -> ServerState:
