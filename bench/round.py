@@ -181,7 +181,7 @@ def whole(model: str, batch: int, world: Fleet, repeats: int) -> Figures:
         "seconds": {name: medians(found) for name, found in runs.items()},
         "phases": phases,
         "ratios": {
-            "round": ratios(runs["usual"], runs["ours"]),
+            "usual round": ratios(runs["usual"], runs["ours"]),
             "usual round without importance": ratios(bare["usual"], bare["ours"]),
         },
         "losses": losses,
