@@ -224,19 +224,21 @@ def verdicts(run: Figures) -> Iterator[Verdict]:
         for route, found in row["ratios"].items():
             key, ratio, spread = (route, row["batch"]), found[clock]["ratio"], found[clock]
             if route == "centralised":
-                yield verdict(f"{where}: ours / centralised", ratio, "at most", AT_MOST.get(key), spread)
+                name = f"{where}: ours / centralised"
+                yield verdict(name, ratio, "at most", AT_MOST.get(key), part="centralised", spread=spread)
             else:
-                yield verdict(f"{where}: {route} / ours", ratio, "at least", AT_LEAST.get(key), spread)
-        for route in row["losses"].keys() - {"ours"}:
+                name = f"{where}: {route} / ours"
+                yield verdict(name, ratio, "at least", AT_LEAST.get(key), part="usual", spread=spread)
+        for route in sorted(LOSSES.keys() & row["losses"].keys()):
             apart = abs(row["losses"][route] / row["losses"]["ours"] - 1)
-            yield verdict(f"{where}: loss against {route}", apart, "at most", LOSSES[route])
+            yield verdict(f"{where}: loss against {route}", apart, "at most", LOSSES[route], part="losses")
     for row in run["whole"]:
         share = row["phases"]["ours"]["evaluation"][clock] / row["seconds"]["ours"][clock]
-        yield verdict(f"{row['model']}, batch {row['batch']}: evaluation / our round", share)
+        yield verdict(f"{row['model']}, batch {row['batch']}: evaluation / our round", share, part="evaluation")
     for row in run["memory"]:
         bound = ADAPTERS * row["adapters"] + row["one_batch"]
         name = f"{row['model']}, batch {row['batch']}: peak / ({ADAPTERS} x adapters + a batch)"
-        yield verdict(name, row["peak"] / bound, "at most", 1.0)
+        yield verdict(name, row["peak"] / bound, "at most", 1.0, part="memory")
 
 
 def measure(options: argparse.Namespace) -> Figures:

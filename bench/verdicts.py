@@ -15,6 +15,8 @@ def verdict(
     figure: float,
     sense: str | None = None,
     goal: float | None = None,
+    *,
+    part: str = "",
     spread: Mapping[str, float] | None = None,
 ) -> Verdict:
     """One figure beside its goal, if it has one.
@@ -24,18 +26,23 @@ def verdict(
         figure: what came out.
         sense: ``at most`` or ``at least``.
         goal: the most or the least it should be.
+        part: what it is about, where a bench measures several things.
         spread: the ``least`` and the ``most`` over the turns.
     """
     between = {"least": spread["least"], "most": spread["most"]} if spread else {}
     met = None if goal is None else bool(figure <= goal if sense == "at most" else figure >= goal)
-    return {"name": name, "figure": figure, **between, "sense": sense, "goal": goal, "met": met}
+    return {"part": part, "name": name, "figure": figure, **between, "sense": sense, "goal": goal, "met": met}
 
 
 def lines(found: Iterable[Verdict]) -> list[str]:
     """A table for a terminal."""
-    rows = [[v["name"], goal(v), figure(v), said(v)] for v in found]
+    rows = [cells(v) for v in found]
     widths = [max(map(len, column), default=0) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def cells(v: Verdict) -> list[str]:
+    return [v["name"], goal(v), figure(v), said(v)]
 
 
 def goal(v: Verdict) -> str:
