@@ -36,7 +36,7 @@ from polyrank.core.lowrank import combine, nbytes
 from polyrank.core.types import Client, LocalTraining, Query, ServerState, Task, Update
 from polyrank.engines.simulator import Simulator
 from polyrank.local.measure import model_bytes, peak_of
-from polyrank.local.trainer import evaluate
+from polyrank.local.trainer import autocast, evaluate
 from polyrank.methods import METHODS
 from polyrank.methods.importance import fisher
 from stopwatch import Stopwatch, in_turns, medians, ratios
@@ -213,7 +213,13 @@ def one_batch(world: Fleet, examples: int) -> int:
     rows = [row for client in world.shares for row in world.rows(client)][:examples]
     batch = {name: tensor.to(world.base.device) for name, tensor in stacked(rows).items()}
     left = sum(p.numel() * p.element_size() for p in floor.model.parameters() if p.requires_grad)
-    return peak_of(lambda: floor.model(**batch).loss.backward(), world.base.device) - left
+
+    def passes() -> None:
+        with autocast(world.local, world.base.device):
+            loss = floor.model(**batch).loss
+        loss.backward()
+
+    return peak_of(passes, world.base.device) - left
 
 
 def verdicts(run: Figures) -> Iterator[Verdict]:
