@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 
+from machine import machine
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.rng import stream, torch_generator
 from polyrank.core.types import Query, ServerState
@@ -154,22 +152,6 @@ def report(found: Sequence[Figures]) -> bool:
         met &= figures["error"] <= ERROR
     print(f"The goals are {'met' if met else 'MISSED'}.")
     return met
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 def main() -> int:

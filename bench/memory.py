@@ -9,15 +9,14 @@ exits with 1 if the mean error exceeds 5 % or any error 10 %. `python docs/memor
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from machine import machine
 from polyrank.experiment.calibrate import calibrate
 from polyrank.experiment.loading import parse
 
@@ -66,18 +65,11 @@ def rows(name: str, batch: int, targets: str | list[str], folder: Path) -> list[
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
+def device() -> str:
+    """What it was measured on, and how."""
     if torch.cuda.is_available():
-        device = f"one {torch.cuda.get_device_name()} (its allocator's peak)"
-    else:
-        device = "a CPU (the sum of torch's allocations)"
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
+        return f"one {torch.cuda.get_device_name()} (its allocator's peak)"
+    return "a CPU (the sum of torch's allocations)"
 
 
 def main() -> int:
@@ -95,7 +87,7 @@ def main() -> int:
     mean, largest = sum(errors) / len(errors), max(errors)
     print(f"mean error {mean:.2%} (goal {GOALS['mean']:.0%}), largest {largest:.2%} (goal {GOALS['largest']:.0%})")
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
-    run = {"machine": machine(), "batch": options.batch, "goals": GOALS, "rows": found}
+    run = {"machine": {"device": device(), **machine()}, "batch": options.batch, "goals": GOALS, "rows": found}
     kept = [old for old in kept if old["machine"]["device"] != run["machine"]["device"]]
     options.out.write_text(json.dumps({"runs": [*kept, run]}, indent=1) + "\n")
     return 0 if mean <= GOALS["mean"] and largest <= GOALS["largest"] else 1

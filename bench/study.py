@@ -13,16 +13,14 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from machine import commit, machine
 from polyrank.experiment.build import build, on_this_machine
 from polyrank.experiment.loading import load
 from polyrank.experiment.session import Session
@@ -98,20 +96,6 @@ def run(job: Job, smoke: bool) -> dict[str, Any]:
 
 def stored(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"machine": None, "runs": []}
-
-
-def commit() -> str:
-    """The commit of the tree that runs; a study may be gone on with at a later one."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
-    return said.strip() or "unknown"
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "date": date.today().isoformat(),
-    }
 
 
 def main() -> int:

@@ -24,8 +24,7 @@ Accuracy is on the test split: of the last round, and of the round that was best
 deviation over seeds {seeds}. Bytes and trained parameters are per client and round; seconds are simulated, per round,
 of the slowest client. Differences smaller than the spread are none.
 
-Made at {commits}, on {cores} cores, {date}. So far {stored} of the {due} runs of the study are stored;
-`python bench/study.py` goes on with the rest.
+Made at {commits}, on {cores} cores, {date}. Of the study's {due} runs, {stored} are stored.
 """
 COLUMNS = ["method", "last round", "selected", "trained", "up", "down", "seconds", "seeds"]
 
