@@ -13,6 +13,7 @@ from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile, Query, ServerState, Task, Update
 from polyrank.local.base import Base
 from polyrank.local.importance import importance
+from polyrank.local.prefix import Prefixes
 from polyrank.local.trainer import Examples, Indices, train
 
 Clock = Callable[[ClientProfile, ModelSpec, Task, Update], float | None]
@@ -37,6 +38,7 @@ class Simulator:
         seed: the run's seed; absences have their own stream.
         clock: simulated seconds of a client's round.
         holdout: prepared, labelled examples that the server keeps to measure importance on; none of `data`.
+        prefixes: keeps what clients need not compute again, of `data`; None: nothing is kept.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Simulator:
         seed: int = 0,
         clock: Clock = simulated_seconds,
         holdout: Examples | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
-        self.spec, self.holdout = spec or base.spec, holdout
+        self.spec, self.holdout, self.prefixes = spec or base.spec, holdout, prefixes
         self.base, self.data, self.shares = base, data, shares
         self._profiles, self.absent, self.seed, self.clock = dict(profiles), absent, seed, clock
 
@@ -63,7 +66,16 @@ class Simulator:
     def only(self, clients: Sequence[Client]) -> Simulator:
         """The same world with these clients alone, who always answer."""
         profiles = {client: self._profiles[client] for client in clients}
-        return Simulator(self.base, self.data, self.shares, profiles, spec=self.spec, seed=self.seed, clock=self.clock)
+        return Simulator(
+            self.base,
+            self.data,
+            self.shares,
+            profiles,
+            spec=self.spec,
+            seed=self.seed,
+            clock=self.clock,
+            prefixes=self.prefixes,
+        )
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Trains client after client, in order; absent clients are skipped."""
@@ -71,11 +83,22 @@ class Simulator:
             task = tasks[client]
             if not self._answers(client, task.round):
                 continue
-            update = train(self.base, task, client, self.data, self.shares[client])
+            update = self._trained(task, client)
             seconds = self.clock(self._profiles[client], self.spec, task, update)
             if seconds is not None:
                 update = replace(update, metrics={**update.metrics, "seconds": seconds})
             yield update
+
+    def _trained(self, task: Task, client: Client) -> Update:
+        own = self.shares[client]
+        if self.prefixes is None:
+            return train(self.base, task, client, self.data, own)
+        update = train(self.base, task, client, self.data, own, self.prefixes.of(task, client, own))
+        if self.base.device.type == "cuda" and "memory" in update.metrics:
+            # The allocator's peak counts what is kept of all clients, which is the simulation's and not the client's.
+            memory = update.metrics["memory"] - self.prefixes.nbytes
+            return replace(update, metrics={**update.metrics, "memory": memory})
+        return update
 
     def measure(self, query: Query, state: ServerState) -> dict[str, float]:
         """The importance that `query` asks for, of the state's model: on the hold-out, or on clients' own examples.

@@ -5,9 +5,11 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -24,6 +26,7 @@ from polyrank.data import (
     prepare_text,
 )
 from polyrank.engines.simulator import Simulator
+from polyrank.experiment.components import describe as describe_answer
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.planning import (
     BUILT_IN_MODELS,
@@ -34,9 +37,12 @@ from polyrank.experiment.planning import (
     server_rank,
 )
 from polyrank.experiment.shares import fleet_profiles, share_data
+from polyrank.experiment.tables import SLOTS
 from polyrank.local import hf, lokr
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
+from polyrank.local.measure import device_memory
+from polyrank.local.prefix import Prefixes
 from polyrank.local.trainer import precision_on
 
 Split = TextSplit | ImageSplit
@@ -68,14 +74,32 @@ class World:
 
 
 def on_this_machine(experiment: Experiment) -> Experiment:
-    """The experiment with device, threads and precision decided: a resumed run computes as it began.
+    """The experiment with device, threads, precision and cache decided: a resumed run computes as it began.
 
     The cost model then knows whether activations are bfloat16, which ``auto`` leaves to the device.
     """
     threads, device = experiment.threads or default_threads(), pick_device(experiment.device)
     precision = precision_on(torch.device(device), experiment.local.precision)
     local = experiment.local.model_copy(update={"precision": precision})
-    return experiment.model_copy(update={"device": device, "threads": threads, "local": local})
+    simulation = experiment.simulation.model_copy(update={"cache": cache_memory(experiment)})
+    decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
+    return experiment.model_copy(update=decided)
+
+
+def cache_memory(experiment: Experiment) -> float | Literal["off"]:
+    """Bytes for hidden states that are computed once, or ``off``.
+
+    ``auto`` is off where no example comes again with the same model below: in one epoch of one round, or where each
+    round sends the layers that a client does not train as well. Otherwise it is a quarter of what is free, rounded down
+    to a power of two, so that it is the same next time, and at most 4 GiB.
+    """
+    if experiment.simulation.cache != "auto":
+        return experiment.simulation.cache
+    local, dispatch = experiment.local, experiment.build_method().dispatch
+    again_now = local.epochs > 1 or local.steps is not None
+    again_later = experiment.rounds > 1 and describe_answer(SLOTS["dispatch"], dispatch)["name"] != "whole"
+    free = device_memory(torch.device(pick_device(experiment.device))).free
+    return float(2 ** min(int(math.log2(free / 4)), 32)) if again_now or again_later else "off"
 
 
 def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str, Split]]:
@@ -125,6 +149,7 @@ def build(experiment: Experiment) -> World:
     profiles = fleet_profiles(experiment.fleet, shares)
     base, splits = load_base(experiment, shares.dataset)
     spec = completed(base.spec, experiment, method)
+    cache = cache_memory(experiment)
     simulator = Simulator(
         base,
         splits["train"],
@@ -134,6 +159,7 @@ def build(experiment: Experiment) -> World:
         absent=experiment.absent,
         seed=experiment.seed,
         holdout=splits.get("importance"),
+        prefixes=None if cache == "off" else Prefixes(base, splits["train"], cache),
     )
     start = first_state(experiment, method, base, rank)
     info = replace(base.info, rank=method.rank)

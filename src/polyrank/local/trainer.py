@@ -36,7 +36,17 @@ class Examples(Protocol):
     def batch(self, indices: Indices) -> dict[str, Tensor]: ...
 
 
-def train(base: Base, task: Task, client: Client, data: Examples, indices: Indices) -> Update:
+class Reuse(Protocol):
+    """What forward passes need not compute again (`polyrank.local.prefix.Prefix`)."""
+
+    def resumed(self, chosen: Indices) -> AbstractContextManager[None]:
+        """Around a forward pass of these examples."""
+        ...
+
+
+def train(
+    base: Base, task: Task, client: Client, data: Examples, indices: Indices, reuse: Reuse | None = None
+) -> Update:
     """Trains the task's adapter on the client's examples and returns its factors.
 
     A client with no examples, or nothing to train, returns what it was sent.
@@ -54,7 +64,7 @@ def train(base: Base, task: Task, client: Client, data: Examples, indices: Indic
             assert optimizer is not None
             optimizer.zero_grad()
             with meter.forward():
-                losses.append(_backward(model, data, step, task, base.device))
+                losses.append(_backward(model, data, step, task, base.device, reuse))
             if not math.isfinite(losses[-1]):
                 raise _diverged(task, client, f"loss is {losses[-1]} in step {len(losses)}")
             if local.clip is not None:
@@ -113,12 +123,14 @@ def _steps(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> 
         epoch += 1
 
 
-def _backward(model: Attachment, data: Examples, step: list[Indices], task: Task, device: torch.device) -> float:
+def _backward(
+    model: Attachment, data: Examples, step: list[Indices], task: Task, device: torch.device, reuse: Reuse | None
+) -> float:
     """Gradients of one step; returns its mean loss, without the penalty."""
     count, total = sum(len(chosen) for chosen in step), 0.0
     for chosen in step:
         batch = data.batch(chosen)
-        with autocast(task.local, device):
+        with autocast(task.local, device), reuse.resumed(chosen) if reuse else nullcontext():
             logits = model(batch)
         loss = F.cross_entropy(logits.float(), batch["labels"].to(device)) * (len(chosen) / count)
         total += float(loss.detach())
