@@ -121,8 +121,8 @@ class Prefixes:
         every example, a module may drop units, the rows do not fit, or the model cannot go on from one block's input.
         """
         block = lowest(self.base, task) if self._one_stack else 0
-        random = any(module.training for module in self.base.modules.values())
-        if block == 0 or random or not _sees_all(task.local, len(indices)) or not self._enters.get(block, True):
+        drops = any(module.training for module in self.base.modules.values())
+        if block == 0 or drops or not _sees_all(task.local, len(indices)) or not self._enters.get(block, True):
             return None
         key = _fingerprint(self.base, task, block, indices)
         held, prefix = self._kept.pop(client, (b"", None))
@@ -204,11 +204,12 @@ def _fingerprint(base: Base, task: Task, block: int, indices: Indices) -> bytes:
         return inside is None or inside < block
 
     digest = hashlib.blake2b(indices.tobytes())
-    digest.update(repr((block, task.local.precision, sorted(task.adapter.dense))).encode())
+    scales = sorted((name, x.scale) for name, x in task.frozen.layers.items() if below(name))
+    digest.update(repr((block, task.local.precision, sorted(task.adapter.dense), scales)).encode())
     tensors = {name: tensor for name, tensor in task.frozen.dense.items() if below(name)}
     for name, x in task.frozen.layers.items():
         if below(name):
-            tensors |= {f"{name}.A": x.A, f"{name}.B": x.B * x.scale}
+            tensors |= {f"{name}.A": x.A, f"{name}.B": x.B}
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, tensor.shape, tensor.dtype)).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
