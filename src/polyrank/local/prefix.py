@@ -138,7 +138,7 @@ class Prefixes:
             self.base.attached(task.adapter, task.frozen, task.factors) as model,
             autocast(task.local, self.base.device),
         ):
-            few = data.batch(batches[0][:2])
+            few = data.batch(batches[-1][-2:])  # the shortest
             hidden, extras = _entering(self.base, block, model, few)
             if block not in self._enters:
                 self._enters[block] = _goes_on(self.base, block, model, few)
