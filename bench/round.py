@@ -35,8 +35,11 @@ from polyrank.core.federate import absorb, federate, plan
 from polyrank.core.lowrank import combine, nbytes
 from polyrank.core.types import Client, LocalTraining, Query, ServerState, Task, Update
 from polyrank.engines.simulator import Simulator
+from polyrank.local.evaluate import evaluate
+from polyrank.local.grouping import TOGETHER, grouped
 from polyrank.local.measure import model_bytes, peak_of
-from polyrank.local.trainer import autocast, evaluate
+from polyrank.local.optimizer import autocast
+from polyrank.local.trainer import prepare
 from polyrank.methods import METHODS
 from polyrank.methods.importance import fisher
 from stopwatch import Stopwatch, in_turns, medians, ratios
@@ -71,12 +74,15 @@ Figures = dict[str, Any]
 
 def simulator(world: Fleet) -> Simulator:
     """The clients. How many train at once is said here and nowhere else."""
-    return Simulator(world.base, world.data, world.shares, world.profiles, holdout=world.holdout)
+    together = TOGETHER[world.base.device.type]
+    return Simulator(world.base, world.data, world.shares, world.profiles, holdout=world.holdout, together=together)
 
 
 def examples_at_once(world: Fleet) -> int:
     """Examples of one forward pass of `simulator`."""
-    return world.local.batch
+    jobs = [prepare(task, client, world.shares[client]) for client, task in tasks_of(world).items()]
+    together, threads = TOGETHER[world.base.device.type], torch.get_num_threads()
+    return world.local.batch * max(map(len, grouped(jobs, world.base, world.data.lengths, together, threads)))
 
 
 METHOD = replace(METHODS["rb_lora"](), score=partial(fisher, samples=HOLDOUT))

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fleet import RANKS, Fleet, Row, rows_of
 from polyrank.core.lowrank import Adapter
-from polyrank.local.trainer import autocast
+from polyrank.local.optimizer import autocast
 from stopwatch import Stopwatch
 
 Factors = dict[str, tuple[Tensor, Tensor]]

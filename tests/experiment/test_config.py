@@ -478,3 +478,34 @@ def test_what_auto_leaves_to_the_machine_is_decided_before_a_run(digits_config: 
     assert decided.threads >= 1
     asked = changed(changed(digits_config, "device", "cpu"), "local.precision", "bf16")
     assert on_this_machine(parsed(asked)).local.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "on"),
+    [
+        ({}, True),
+        ({"rounds": 1}, False),
+        ({"rounds": 1, "local.epochs": 2}, True),
+        ({"rounds": 1, "local.steps": 3}, True),
+        ({"method": {"name": "fedit", "dispatch": "whole"}}, False),
+        ({"method": {"name": "fedit", "dispatch": "whole"}, "local.epochs": 2}, True),
+        ({"local.epochs": 2, "simulation": {"cache": "off"}}, False),
+    ],
+)
+def test_a_cache_is_decided_by_what_comes_again(digits_config: Config, changes: Config, on: bool) -> None:
+    config = changed(digits_config, "device", "cpu")
+    for key, value in changes.items():
+        config = changed(config, key, value)
+    cache = on_this_machine(parsed(config)).simulation.cache
+    assert (cache == "off") != on
+    if on:
+        assert isinstance(cache, float)
+        assert 0 < cache <= 2**32
+
+
+def test_a_cache_is_a_quantity(digits_config: Config) -> None:
+    asked = parsed(changed(digits_config, "simulation", {"cache": "3 MiB"}))
+    assert on_this_machine(asked).simulation.cache == 3 * 2**20
+    assert parsed(asked.resolved()).simulation.cache == 3 * 2**20
+    with pytest.raises(ConfigError, match=r"simulation\.cache: 3 needs a unit"):
+        parsed(changed(digits_config, "simulation", {"cache": 3}))

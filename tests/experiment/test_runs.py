@@ -115,6 +115,20 @@ def test_every_method_learns_and_resumes_to_the_same_bytes(method: str, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+def test_a_run_that_keeps_hidden_states_resumes_to_the_same_bytes(tmp_path: Path, config: Config) -> None:
+    model = {**config["model"], "targets": ["layers.2.attention.q_proj", "layers.3.attention.q_proj"]}
+    changes = {"model": model, "simulation": {"cache": "1 GiB"}, "cohort": 3}
+    changes["local"] = {**config["local"], "epochs": 2}
+    whole = started(tmp_path / "whole", config, **changes)
+    finished(whole)
+    kept = whole.world.simulator.prefixes
+    assert kept is not None
+    assert kept.nbytes > 0
+    next(started(tmp_path / "halves", config, **changes).rounds())
+    finished(Session(Run.open(tmp_path / "halves")))
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
 def test_another_seed_gives_another_run(tmp_path: Path, config: Config) -> None:
     finished(started(tmp_path / "one", config, rounds=1))
     finished(started(tmp_path / "two", config, rounds=1, seed=1))

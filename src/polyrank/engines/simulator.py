@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,11 @@ from polyrank.core.costs import round_seconds
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile, Query, ServerState, Task, Update
 from polyrank.local.base import Base
+from polyrank.local.cohort import Job
 from polyrank.local.data import Examples, Indices
 from polyrank.local.grouping import grouped
 from polyrank.local.importance import importance
+from polyrank.local.prefix import Prefixes
 from polyrank.local.trainer import prepare, train_together
 
 Clock = Callable[[ClientProfile, ModelSpec, Task, Update], float | None]
@@ -41,6 +44,7 @@ class Simulator:
         clock: simulated seconds of a client's round.
         together: most input positions of a step that clients share (`polyrank.local.grouping`); 0: each trains alone.
         holdout: prepared, labelled examples that the server keeps to measure importance on; none of `data`.
+        prefixes: keeps what clients need not compute again, of `data`; None: nothing is kept.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class Simulator:
         clock: Clock = simulated_seconds,
         together: int = 0,
         holdout: Examples | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
-        self.spec, self.holdout, self.together = spec or base.spec, holdout, together
+        self.spec, self.holdout = spec or base.spec, holdout
+        self.together, self.prefixes = together, prefixes
         self.base, self.data, self.shares = base, data, shares
         self._profiles, self.absent, self.seed, self.clock = dict(profiles), absent, seed, clock
 
@@ -68,20 +74,37 @@ class Simulator:
     def only(self, clients: Sequence[Client]) -> Simulator:
         """The same world with these clients alone, who always answer."""
         profiles = {client: self._profiles[client] for client in clients}
-        same = {"spec": self.spec, "seed": self.seed, "clock": self.clock, "together": self.together}
-        return Simulator(self.base, self.data, self.shares, profiles, **same)  # type: ignore[arg-type]
+        same = copy(self)
+        same._profiles, same.absent = profiles, 0.0
+        return same
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Trains the clients; their updates, in order. Absent clients are skipped."""
         due = [client for client in sorted(tasks) if self._answers(client, tasks[client].round)]
         jobs = [prepare(tasks[client], client, self.shares[client]) for client in due]
         ready: dict[Client, Update] = {}
-        groups = grouped(jobs, self.base, self.data.lengths, self.together, torch.get_num_threads())
+        groups = grouped(jobs, self.base, self.data.lengths, self.together, torch.get_num_threads(), self._resumes_at)
         for group in sorted(groups, key=lambda group: min(job.client for job in group)):
-            ready |= {update.client: update for update in train_together(self.base, group, self.data)}
+            ready |= {update.client: update for update in self._trained(group)}
             while due and due[0] in ready:
                 client = due.pop(0)
                 yield self._timed(ready.pop(client), tasks[client])
+
+    def _resumes_at(self, job: Job) -> int:
+        return 0 if self.prefixes is None else self.prefixes.block(job.task, self.shares[job.client])
+
+    def _trained(self, group: list[Job]) -> list[Update]:
+        kept = self.prefixes
+        if kept is None or not self._resumes_at(group[0]):
+            return train_together(self.base, group, self.data)
+        found = [kept.of(job.task, job.client, self.shares[job.client]) for job in group]
+        prefixes = [prefix for prefix in found if prefix is not None]
+        updates = train_together(self.base, group, self.data, prefixes if len(prefixes) == len(group) else None)
+        if self.base.device.type != "cuda":
+            return updates
+        # The allocator's peak counts what is kept of all clients, which is the simulation's and not the client's.
+        peaks = [{"memory": u.metrics["memory"] - kept.nbytes} if "memory" in u.metrics else {} for u in updates]
+        return [replace(u, metrics={**u.metrics, **peak}) for u, peak in zip(updates, peaks, strict=True)]
 
     def _timed(self, update: Update, task: Task) -> Update:
         seconds = self.clock(self._profiles[update.client], self.spec, task, update)

@@ -22,7 +22,7 @@ from polyrank.experiment.components import (
     union_of,
 )
 from polyrank.experiment.tables import DATASETS, METHODS, PARTITIONERS, SLOTS
-from polyrank.experiment.units import Flops, FreeMemory, Memory, Share, Speed
+from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -133,6 +133,21 @@ class EvaluateConfig(Strict):
     aggregation: bool = True
 
 
+class SimulationConfig(Strict):
+    """How this machine runs the clients.
+
+    Attributes:
+        cache: memory for hidden states below the lowest block that a client trains (`polyrank.local.prefix`), ``off``,
+            or ``auto``: where examples come again, a quarter of what is free, at most 4 GiB.
+        together: most input positions of a step that clients share, where sharing is faster
+            (`polyrank.local.grouping`); ``off``: each trains alone; ``auto``: 1,024 on a CPU, 16,384 on a GPU. Never
+            more than half of the machine's memory has room for.
+    """
+
+    cache: CacheMemory = "auto"
+    together: Literal["auto", "off"] | Count = "auto"
+
+
 class Expected(Strict):
     """The figure that the experiment is expected to reach: final test accuracy, within a tolerance."""
 
@@ -188,7 +203,7 @@ class Experiment(Strict):
         absent: probability that a client asked in a round does not answer.
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
-        model, data, fleet, method, local, costs, evaluate: see there.
+        model, data, fleet, method, local, costs, evaluate, simulation: see there.
         baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
             many rounds and evaluated alike.
         expected: the figure to reach, checked by tests.
@@ -207,6 +222,7 @@ class Experiment(Strict):
     local: LocalConfig = Field(default_factory=dict, validate_default=True)
     costs: CostsConfig = CostsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    simulation: SimulationConfig = SimulationConfig()
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
     expected: Expected | None = None
 
@@ -243,6 +259,8 @@ class Experiment(Strict):
             group.update({key: f"{getattr(given, key)!r} {unit}" for key, unit in numbers.items()})
         if self.costs.overhead is not None:
             plain["costs"]["overhead"] = f"{self.costs.overhead!r} B"
+        if isinstance(self.simulation.cache, float):
+            plain["simulation"]["cache"] = f"{self.simulation.cache!r} B"
         return plain
 
 

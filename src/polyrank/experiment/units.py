@@ -45,6 +45,9 @@ Memory = Annotated[float, _quantity(_BYTES, "2 GiB")]
 FreeMemory = Annotated[float | Literal["detect"], _quantity(_BYTES, "2 GiB", "detect")]
 """Bytes, or what is free where the experiment runs."""
 
+CacheMemory = Annotated[float | Literal["auto", "off"], _quantity(_BYTES, "2 GiB", "auto", "off")]
+"""Bytes that a cache may take, none, or as many as pay."""
+
 Speed = Annotated[float, _quantity(_BITS, "7.08 Mbit/s")]
 """Bits per second."""
 

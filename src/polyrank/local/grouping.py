@@ -8,7 +8,7 @@ batch, clients train one by one.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,9 @@ OVERHEAD = {"cpu": 2.4e8, "cuda": 5e10}
 On a CPU measured: 0.24 GFLOP at one thread, by which small matrices run slower than large ones. On a GPU estimated from
 some 60 kernel launches per block of 5 us each.
 """
+
+TOGETHER = {"cpu": 1024, "cuda": 16384}
+"""Most input positions of a step that clients share, where nothing else is said: beyond, nothing is left to gain."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,20 @@ class Load:
     width: float
 
 
-def key(job: Job, base: Base) -> Hashable:
-    """What clients must have in common to train together; a client that cannot has a key of its own."""
+def key(job: Job, base: Base, block: int = 0) -> Hashable:
+    """What clients must have in common to train together; a client that cannot has a key of its own.
+
+    Args:
+        job: the client's.
+        base: the frozen model.
+        block: that the client's training goes on from, where what is below is kept.
+    """
     task, local = job.task, job.task.local
     own = [name for name in task.adapter.dense if not is_part(name)]
     if not job.steps or not stackable(base.modules, own):
         return job.client
     return (
-        (local.batch, local.accumulate, local.optimizer, local.momentum),
+        (block, local.batch, local.accumulate, local.optimizer, local.momentum),
         (local.dropout, local.precision, local.checkpointing),
         tuple((name, tensor.shape) for name, tensor in task.adapter.dense.items()),
         tuple((name, id(tensor)) for name, tensor in task.frozen.dense.items()),
@@ -123,7 +132,14 @@ def cheapest(loads: Sequence[Load], fixed: float, positions: float) -> list[tupl
     return parts[::-1]
 
 
-def grouped(jobs: Sequence[Job], base: Base, lengths: Indices, positions: int, threads: int) -> list[list[Job]]:
+def grouped(
+    jobs: Sequence[Job],
+    base: Base,
+    lengths: Indices,
+    positions: int,
+    threads: int,
+    block: Callable[[Job], int] = lambda job: 0,
+) -> list[list[Job]]:
     """The jobs in the groups that train together; in each, those with the most steps first.
 
     Args:
@@ -132,13 +148,14 @@ def grouped(jobs: Sequence[Job], base: Base, lengths: Indices, positions: int, t
         lengths: input positions of every example.
         positions: most input positions of a step of several clients; 0: everybody trains alone.
         threads: of the CPU.
+        block: that a client's training goes on from, where what is below is kept; 0: from the input.
     """
     alike: dict[Hashable, list[tuple[Load, Job]]] = {}
     for job in jobs:
         if not positions or not job.steps:
             alike[job.client] = [(Load(0, 0, 0.0, 1.0, 0.0), job)]
         else:
-            alike.setdefault(key(job, base), []).append((load(job, base, lengths), job))
+            alike.setdefault(key(job, base, block(job)), []).append((load(job, base, lengths), job))
     fixed, groups = overhead(base, threads), []
     for members in alike.values():
         members.sort(key=lambda pair: (pair[0].depth, pair[0].rows, pair[0].positions, pair[0].width, pair[1].client))

@@ -21,14 +21,17 @@ from polyrank.local.cohort import Cohort, Job
 from polyrank.local.data import Examples, Indices
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
+from polyrank.local.prefix import Prefix, resumed
 
 
-def train(base: Base, task: Task, client: Client, data: Examples, indices: Indices) -> Update:
+def train(
+    base: Base, task: Task, client: Client, data: Examples, indices: Indices, prefix: Prefix | None = None
+) -> Update:
     """Trains the task's adapter on the client's examples and returns its factors.
 
     A client with no examples, or nothing to train, returns what it was sent.
     """
-    return train_together(base, [prepare(task, client, indices)], data)[0]
+    return train_together(base, [prepare(task, client, indices)], data, [prefix] if prefix else None)[0]
 
 
 def prepare(task: Task, client: Client, indices: Indices) -> Job:
@@ -39,13 +42,16 @@ def prepare(task: Task, client: Client, indices: Indices) -> Job:
     return Job(client, task, list(_steps(indices, task.local, rng)) if trains else [], seed, len(indices))
 
 
-def train_together(base: Base, jobs: Sequence[Job], data: Examples) -> list[Update]:
+def train_together(
+    base: Base, jobs: Sequence[Job], data: Examples, prefixes: Sequence[Prefix] | None = None
+) -> list[Update]:
     """Trains clients on one pass of the base for all, each as it would train alone; their updates, in order of `jobs`.
 
     Args:
         base: the frozen model.
         jobs: those with the most steps first, and such that `polyrank.local.grouping.key` is the same for all.
         data: prepared examples.
+        prefixes: each client's, of one block, to go on from; None: every forward pass is whole.
     """
     losses: list[list[float]] = [[] for _ in jobs]
     cohort = Cohort(base, jobs)
@@ -57,7 +63,7 @@ def train_together(base: Base, jobs: Sequence[Job], data: Examples) -> list[Upda
             if active < cohort.active:
                 cohort.keep(active)
             with alone.forward() if alone else nullcontext():
-                found = _backward(cohort, data, step)
+                found = _backward(cohort, data, step, prefixes)
             for own, loss, job in zip(losses, found, jobs, strict=False):
                 own.append(loss)
                 if not math.isfinite(loss):
@@ -104,16 +110,17 @@ def _steps(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> 
         epoch += 1
 
 
-def _backward(cohort: Cohort, data: Examples, step: int) -> list[float]:
+def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Prefix] | None) -> list[float]:
     """Gradients of one step of the clients that still train; the mean loss of each, without its penalty."""
     jobs = cohort.jobs[: cohort.active]
     batches = [job.steps[step] for job in jobs]
     total = torch.zeros(len(jobs))
     for at in range(max(map(len, batches))):
-        indices, weights = _side_by_side(batches, at)
-        batch = data.batch(indices)
+        parts, weights = _side_by_side(batches, at)
+        batch = data.batch(np.concatenate(parts))
         cohort.meet([len(own[at]) if at < len(own) else 0 for own in batches], batch)
-        with autocast(jobs[0].task.local, cohort.base.device):
+        going_on = resumed(list(zip(prefixes, parts, strict=False))) if prefixes else nullcontext()
+        with autocast(jobs[0].task.local, cohort.base.device), going_on:
             logits = cohort.live(batch)
         each = F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
         loss = (each * weights.to(logits.device)).view(len(jobs), -1).sum(1)
@@ -126,8 +133,8 @@ def _backward(cohort: Cohort, data: Examples, step: int) -> list[float]:
     return total.tolist()
 
 
-def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[Indices, Tensor]:
-    """Batch `at` of every client's step, in parts of equal length, and each row's weight in its client's mean.
+def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[list[Indices], Tensor]:
+    """Batch `at` of every client's step, as parts of equal length, and each row's weight in its client's mean.
 
     A part that is too short, or a client without such a batch, is filled up with an example of the client's own that
     has no weight.
@@ -139,8 +146,7 @@ def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[Indices, T
     weights = torch.zeros(len(parts), longest)
     for row, part, count in zip(weights, parts, counts, strict=True):
         row[: len(part)] = 1.0 / count
-    indices = np.concatenate([piece for pair in zip(parts, fill, strict=True) for piece in pair])
-    return indices, weights.view(-1)
+    return [np.concatenate(pair) for pair in zip(parts, fill, strict=True)], weights.view(-1)
 
 
 def _penalty(model: Attachment, job: Job, at: int) -> Tensor:
