@@ -30,7 +30,6 @@ from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.loading import parse
 from polyrank.files import sweep, write_bytes, write_text
 
-
 _NO_RANK = -1  # of a layer that a client has not pruned
 
 
