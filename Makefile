@@ -42,11 +42,10 @@ unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes
 real: $(VENV)/.dev ## real models and data, where they are present; says what it skips
 	$(BIN)/pytest -m real -n 0 -v -rs
 
-bench: $(VENV)/.dev ## ratios against the usual ways: aggregation, memory, importance; 100,000 clients
+bench: $(VENV)/.dev ## ratios against the usual ways: aggregation, memory, importance
 	$(BIN)/python bench/aggregate.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/importance.py --check
-	$(BIN)/python bench/scale.py --check
 
 clean: ## removes caches and site/; keeps runs/ and the virtual environment
 	rm -rf site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
