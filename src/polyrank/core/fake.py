@@ -44,7 +44,7 @@ class FakeClients:
         answer: Answer = perturb,
         absent: frozenset[Client] = frozenset(),
     ) -> None:
-        self._profiles, self.answer, self.absent = dict(profiles), answer, absent
+        self._profiles, self.answer, self.absent = profiles, answer, absent
 
     def profiles(self) -> Mapping[Client, ClientProfile]:
         """What was given."""

@@ -22,6 +22,7 @@ from polyrank.core.exactness import aggregation_error
 from polyrank.core.lowrank import Adapter, Factors, LowRank, combine, precision
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
+from polyrank.core.roster import Listed, ascending
 from polyrank.core.types import (
     Budget,
     Client,
@@ -39,13 +40,19 @@ Measurement = Callable[[Query, ServerState], Mapping[str, float]]
 """Computes the importance that a query asks for, of a state's model."""
 
 
-def sample(clients: Iterable[Client], size: int | None, round_: int, seed: int) -> list[Client]:
-    """The cohort of a round: `size` clients drawn uniformly without replacement (None: everybody), sorted."""
-    everybody = sorted(clients)
+def sample(everybody: Listed, size: int | None, round_: int, seed: int) -> list[Client]:
+    """The cohort of a round: `size` clients drawn uniformly without replacement (None: everybody), ascending.
+
+    Args:
+        everybody: all clients, in ascending order: a draw then costs no more with more of them.
+        size: of the cohort.
+        round_: the round.
+        seed: the run's seed.
+    """
     if size is None or size >= len(everybody):
-        return everybody
+        return list(everybody)
     chosen = stream(seed, "cohort", round_).choice(len(everybody), size=size, replace=False)
-    return sorted(everybody[i] for i in chosen)
+    return [everybody[i] for i in sorted(chosen.tolist())]
 
 
 def scored(
@@ -175,10 +182,10 @@ def federate(
     profiles = clients.profiles()
     if not profiles:
         raise ValueError("there are no clients to federate")
-    budgets = method.estimate(profiles, spec, local)
+    budgets, everybody = method.estimate(profiles, spec, local), ascending(profiles)
     while state.round < rounds:
         now = local.at(state.round, rounds)
-        chosen = [c for c in sample(profiles, cohort, state.round, seed) if budgets[c].total > 0]
+        chosen = [c for c in sample(everybody, cohort, state.round, seed) if budgets[c].total > 0]
         state = scored(method, state, chosen, spec, seed, measure)
         tasks = plan(method, state, budgets, chosen, spec, now, seed)
         ledger = _Ledger(state.round, method.factors(state.round), now, tasks, spec)

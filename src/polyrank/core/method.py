@@ -46,11 +46,15 @@ Measure = Callable[[Query], Mapping[str, float]]
 
 
 class Estimate(Protocol):
-    """What can each client afford? Its rank budget, with the limit that binds."""
+    """What can each client afford? Its rank budget, with the limit that binds.
+
+    It is asked once a run, for everybody. Where profiles differ in their examples only, `polyrank.core.roster.kinds`
+    saves looking at every client.
+    """
 
     def __call__(
         self, profiles: Mapping[Client, ClientProfile], spec: ModelSpec, local: LocalTraining
-    ) -> dict[Client, Budget]: ...
+    ) -> Mapping[Client, Budget]: ...
 
 
 class Score(Protocol):

@@ -52,6 +52,14 @@ def from_owners(owners: np.ndarray, clients: int, names: tuple[str, ...] | None 
     return Partition(order[held[0] :], offsets, names)
 
 
+def members(labels: np.ndarray) -> dict[int, np.ndarray]:
+    """The indices of each class, ascending, in one pass however many classes there are; `labels` are 0 or above."""
+    # numpy sorts whole numbers of at most 16 bits by radix, ten times as fast.
+    order = np.argsort(labels.astype(np.min_scalar_type(labels.max())), kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
+    return dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True))
+
+
 def top_up(owners: np.ndarray, clients: int, minimum: int, rng: np.random.Generator) -> np.ndarray:
     """Owners in which everyone has `minimum` examples, the missing ones moved over from the largest clients.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from polyrank.data.partition import Partition, from_owners, top_up
+from polyrank.data.partition import Partition, from_owners, members, top_up
 from polyrank.data.pathological import pathological
 from polyrank.data.source import DataError, Source, unknown
 
@@ -73,12 +73,12 @@ def dirichlet(
     """
     clients = _need_clients(source, clients, "dirichlet", minimum)
     _positive("dirichlet", "alpha", alpha)
-    members = [np.flatnonzero(source.labels == k) for k in np.unique(source.labels)]
+    classes = members(source.labels).values()
     owners = np.empty(len(source), np.int64)
     for _ in range(_REDRAWS):
-        for member in members:
+        for own in classes:
             shares = rng.dirichlet(np.full(clients, alpha))
-            owners[rng.permutation(member)] = np.repeat(np.arange(clients), _cuts(shares, len(member)))
+            owners[rng.permutation(own)] = np.repeat(np.arange(clients), _cuts(shares, len(own)))
         if np.bincount(owners, minlength=clients).min() >= minimum:
             break
     return from_owners(top_up(owners, clients, minimum, rng), clients)

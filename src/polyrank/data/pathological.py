@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from polyrank.data.partition import Partition, from_owners
+from polyrank.data.partition import Partition, from_owners, members
 from polyrank.data.source import DataError, Source
 
 _Random = np.random.Generator | np.random.RandomState
@@ -50,10 +50,10 @@ def pathological(
         deal, amounts = np.random.RandomState(released_seed), np.random.RandomState(2)
     dealt = _deal(deck, clients * classes, classes, deal)
     owners = np.full(len(source), -1, np.int64)
-    for label in _by_first_appearance(source.labels):
-        members = np.flatnonzero(source.labels == label)
-        holders = np.flatnonzero(dealt == label) // classes
-        owners[members] = np.repeat(holders, _amounts(label, len(members), len(holders), minimum, amounts))
+    cards, examples = members(dealt), members(source.labels)
+    for label, own in sorted(examples.items(), key=lambda item: item[1][0]):  # by first appearance
+        holders = cards[label] // classes
+        owners[own] = np.repeat(holders, _amounts(label, len(own), len(holders), minimum, amounts))
     return from_owners(owners, clients)
 
 
@@ -91,11 +91,6 @@ def _deal(deck: np.ndarray, total: int, hand: int, rng: _Random) -> np.ndarray:
             dealt = np.concatenate([fresh[:missing], rng.permutation(rest)])
         rounds.append(dealt)
     return np.concatenate(rounds)[:total]
-
-
-def _by_first_appearance(labels: np.ndarray) -> np.ndarray:
-    present, first = np.unique(labels, return_index=True)
-    return present[np.argsort(first)]
 
 
 def _amounts(label: int, count: int, holders: int, minimum: int, rng: _Random) -> np.ndarray:

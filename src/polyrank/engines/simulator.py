@@ -65,7 +65,7 @@ class Simulator:
         self.spec, self.holdout = spec or base.spec, holdout
         self.together, self.prefixes = together, prefixes
         self.base, self.data, self.shares = base, data, shares
-        self._profiles, self.absent, self.seed, self.clock = dict(profiles), absent, seed, clock
+        self._profiles, self.absent, self.seed, self.clock = profiles, absent, seed, clock
 
     def profiles(self) -> Mapping[Client, ClientProfile]:
         """What was given."""

@@ -27,9 +27,9 @@ def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
     """Test metrics of the baselines that the experiment names."""
     results: dict[str, Any] = {}
     if "single" in experiment.baselines:
-        results["single"] = {
-            "test": _train(experiment, world, pooled(experiment, world), _same_steps(experiment, world), fedit())
-        }
+        everybody = pooled(experiment, world)
+        steps = _same_steps(experiment, world, everybody.profiles()["pooled"].examples)
+        results["single"] = {"test": _train(experiment, world, everybody, steps, fedit())}
     if "local" in experiment.baselines:
         local = experiment.local_training()
         own_budget = replace(fedit(), estimate=world.method.estimate)
@@ -66,7 +66,7 @@ def _train(
         return evaluate(model, world.splits["test"])
 
 
-def _same_steps(experiment: Experiment, world: World) -> LocalTraining:
+def _same_steps(experiment: Experiment, world: World, examples: int) -> LocalTraining:
     """Local settings under which the pooled run takes the steps that an average cohort takes together."""
     local = experiment.local_training()
     clients = len(world.simulator.profiles())
@@ -75,5 +75,5 @@ def _same_steps(experiment: Experiment, world: World) -> LocalTraining:
         return replace(local, steps=max(1, round(local.steps * share * clients)))
     if share == 1:
         return local
-    examples = sum(len(own) for own in world.simulator.shares.values()) * share
-    return replace(local, steps=max(1, math.ceil(local.epochs * examples / (local.batch * local.accumulate))))
+    seen = local.epochs * (examples * share)
+    return replace(local, steps=max(1, math.ceil(seen / (local.batch * local.accumulate))))

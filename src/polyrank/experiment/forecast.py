@@ -16,12 +16,13 @@ from polyrank.core.federate import plan, scored
 from polyrank.core.lokr import lokr_parameters
 from polyrank.core.lowrank import Adapter, Factors, LowRank, nbytes
 from polyrank.core.method import Method
+from polyrank.core.roster import Numbered
 from polyrank.core.types import Budget, Client, ClientProfile, Query, ServerState, Task
 from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
-from polyrank.experiment.shares import client_names, group_sizes, kept_for_importance
+from polyrank.experiment.shares import group_sizes, kept_for_importance
 from polyrank.experiment.tables import DATASETS
 from polyrank.local import lokr
 
@@ -108,7 +109,7 @@ def _clients(experiment: Experiment) -> tuple[list[int | None], dict[Client, int
     if count > _MOST_CLIENTS:
         return [*sizes], {f"{group:06d}": group for group in range(len(fleet))}
     groups = [group for group, size in enumerate(sizes) for _ in range(size)]
-    return [*sizes], dict(zip(client_names(count), groups, strict=True))
+    return [*sizes], dict(zip(Numbered(count), groups, strict=True))
 
 
 def _ranks(task: Task | None) -> dict[str, int]:

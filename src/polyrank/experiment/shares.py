@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from polyrank.core.rng import stream
-from polyrank.core.types import Client, ClientProfile
+from polyrank.core.roster import Fleet, Named, Names, Numbered, PerClient
+from polyrank.core.types import Client
 from polyrank.data import DataError, Dataset, Partition, hold_out, limit, set_apart
 from polyrank.experiment.components import describe, parameters
 from polyrank.experiment.config import ConfigError, Experiment, Group
@@ -22,11 +24,11 @@ class Shares:
 
     dataset: Dataset
     partition: Partition
-    clients: tuple[Client, ...]
+    clients: Names
 
-    def indices(self) -> dict[Client, npt.NDArray[np.int64]]:
-        """Each client's indices into the training split."""
-        return {client: self.partition[index] for index, client in enumerate(self.clients)}
+    def indices(self) -> Mapping[Client, npt.NDArray[np.int64]]:
+        """Each client's indices into the training split: views, made as they are asked for."""
+        return PerClient(self.clients, self.partition.__getitem__)
 
 
 def share_data(experiment: Experiment) -> Shares:
@@ -49,8 +51,8 @@ def share_data(experiment: Experiment) -> Shares:
         partition = PARTITIONERS[chosen.name](dataset.train, config.clients, stream(seed, "partition"), **keywords)
     except DataError as error:
         raise DataError(f"data.clients, data.partition: {error}") from None
-    names = partition.names or client_names(len(partition))
-    return Shares(dataset, partition, tuple(names))
+    names = Numbered(len(partition)) if partition.names is None else Named(partition.names)
+    return Shares(dataset, partition, names)
 
 
 def kept_for_importance(experiment: Experiment) -> int:
@@ -71,24 +73,14 @@ def kept_for_importance(experiment: Experiment) -> int:
     return int(scorer["samples"])
 
 
-def client_names(count: int) -> tuple[Client, ...]:
-    """Names of clients that have none of their own, in the order of their numbers."""
-    width = len(str(count - 1))
-    return tuple(f"client_{i:0{width}d}" for i in range(count))
-
-
 def group_sizes(fleet: list[Group], clients: int) -> list[int]:
     """Clients of each device group; the last group takes what rounding leaves."""
     sizes = [int(clients * group.share + 1e-9) for group in fleet[:-1]]
     return [*sizes, clients - sum(sizes)]
 
 
-def fleet_profiles(fleet: list[Group], shares: Shares) -> dict[Client, ClientProfile]:
-    """A profile per client; clients are numbered group by group."""
+def fleet_profiles(fleet: list[Group], shares: Shares) -> Fleet:
+    """Everybody's profile; clients are numbered group by group."""
     groups = np.repeat(np.arange(len(fleet)), group_sizes(fleet, len(shares.clients)))
-    examples = shares.partition.sizes
-    reports = [profile_of(group) for group in fleet]
-    return {
-        client: replace(reports[g], examples=int(examples[index]), group=fleet[g].name or f"group {g}")
-        for index, (client, g) in enumerate(zip(shares.clients, groups.tolist(), strict=True))
-    }
+    reports = [replace(profile_of(g), group=g.name or f"group {index}") for index, g in enumerate(fleet)]
+    return Fleet(shares.clients, groups, reports, shares.partition.sizes)

@@ -30,6 +30,8 @@ from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.loading import parse
 from polyrank.files import sweep, write_bytes, write_text
 
+_NO_RANK = -1  # of a layer that a client has not pruned
+
 
 class RunError(InputError):
     """A folder that holds no run, or holds one already."""
@@ -148,7 +150,11 @@ def free_folder(name: str, parent: Path = Path("runs")) -> Path:
 
 
 def pack(state: ServerState) -> bytes:
-    """A state as one safetensors file; what is not a tensor is JSON in its header."""
+    """A state as one safetensors file; what is not a tensor is JSON in its header.
+
+    Ranks that clients have pruned to are a table, clients x layers: they grow with every client that takes part, and
+    written out by name they would outgrow the header.
+    """
     tensors: dict[str, torch.Tensor] = {}
     scales: dict[str, dict[str, float]] = {}
     for part in ("adapter", "folded"):
@@ -157,12 +163,19 @@ def pack(state: ServerState) -> bytes:
         for name, x in adapter.layers.items():
             tensors |= {f"{part}/A/{name}": x.A.contiguous(), f"{part}/B/{name}": x.B.contiguous()}
         tensors |= {f"{part}/dense/{name}": tensor.contiguous() for name, tensor in adapter.dense.items()}
+    memory = dict(state.memory)
+    ranks: dict[str, dict[str, int]] = memory.pop("ranks", {})
+    layers = list(dict.fromkeys(layer for own in ranks.values() for layer in own))
+    if ranks:
+        table = [[own.get(layer, _NO_RANK) for layer in layers] for own in ranks.values()]
+        tensors["memory/ranks"] = torch.tensor(table, dtype=torch.int32)
     plain = {
         "round": state.round,
         "scales": scales,
         "dense": {part: list(getattr(state, part).dense) for part in scales},
         "scores": dict(state.scores),
-        "memory": dict(state.memory),
+        "memory": memory,
+        "ranks": {"clients": list(ranks), "layers": layers},
     }
     return save(tensors, metadata={"state": json.dumps(plain)})
 
@@ -179,7 +192,14 @@ def unpack(path: Path) -> ServerState:
             }
             return Adapter(layers, {key: file.get_tensor(f"{name}/dense/{key}") for key in plain["dense"][name]})
 
-        return ServerState(plain["round"], part("adapter"), part("folded"), plain["scores"], plain["memory"])
+        memory, keys = plain["memory"], plain["ranks"]
+        if keys["clients"]:
+            table = file.get_tensor("memory/ranks").tolist()
+            memory["ranks"] = {
+                client: {layer: rank for layer, rank in zip(keys["layers"], row, strict=True) if rank != _NO_RANK}
+                for client, row in zip(keys["clients"], table, strict=True)
+            }
+        return ServerState(plain["round"], part("adapter"), part("folded"), plain["scores"], memory)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,15 +23,15 @@ from annotated_types import Gt
 from polyrank.core.costs import download_bytes, memory, remedies, upload_bytes
 from polyrank.core.lowrank import Factors
 from polyrank.core.method import Estimate, Positive
+from polyrank.core.roster import PerKind, kinds
 from polyrank.core.types import Budget, Client, ClientProfile, Limit, LocalTraining, ModelSpec
 
 Profiles = Mapping[Client, ClientProfile]
+Budgets = PerKind[Budget]
 Seconds = Annotated[float, Gt(0)]
 
 
-def fixed(
-    profiles: Profiles, spec: ModelSpec, local: LocalTraining, *, rank: Positive | None = None
-) -> dict[Client, Budget]:
+def fixed(profiles: Profiles, spec: ModelSpec, local: LocalTraining, *, rank: Positive | None = None) -> Budgets:
     """The rank each client states, or one rank for all, on every module.
 
     Args:
@@ -43,21 +43,19 @@ def fixed(
     Raises:
         ValueError: if a client states no rank and `rank` is None.
     """
-    budgets = {}
-    for client, profile in profiles.items():
+    alike, budgets = kinds(profiles), []
+    for kind, profile in enumerate(alike.each):
         own = profile.rank if rank is None else rank
         if own is None:
             raise ValueError(
-                f"client {client!r} states no rank; give fleet[].rank or method.estimate.rank, "
+                f"client {alike.first(kind)!r} states no rank; give fleet[].rank or method.estimate.rank, "
                 "or derive it: method.estimate=least"
             )
-        budgets[client] = Budget(own * len(spec.modules), own, "stated")
-    return budgets
+        budgets.append(Budget(own * len(spec.modules), own, "stated"))
+    return PerKind(alike.names, alike.kind, budgets)
 
 
-def by_memory(
-    profiles: Profiles, spec: ModelSpec, local: LocalTraining, *, factors: Factors = "AB"
-) -> dict[Client, Budget]:
+def by_memory(profiles: Profiles, spec: ModelSpec, local: LocalTraining, *, factors: Factors = "AB") -> Budgets:
     """The largest rank whose training fits the client's memory (after HRALoRA's rank estimator).
 
     Args:
@@ -86,7 +84,7 @@ def by_network(
     upload: Seconds | None = 1.0,
     download: Seconds | None = 1.0,
     factors: Factors = "AB",
-) -> dict[Client, Budget]:
+) -> Budgets:
     """The largest rank that travels in the target seconds (after HRALoRA's rank estimator).
 
     Args:
@@ -111,7 +109,7 @@ def least(
     upload: Seconds | None = 1.0,
     download: Seconds | None = 1.0,
     factors: Factors = "AB",
-) -> dict[Client, Budget]:
+) -> Budgets:
     """The largest rank that all of a client's limits allow: its memory, its links, the rank it states (HRALoRA).
 
     Args:
@@ -147,7 +145,7 @@ def straggler(
     upload: Seconds | None = 1.0,
     download: Seconds | None = 1.0,
     factors: Factors = "AB",
-) -> dict[Client, Budget]:
+) -> Budgets:
     """The weakest client's budget for everybody: a baseline (HRALoRA).
 
     Args:
@@ -157,11 +155,12 @@ def straggler(
         HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
     """
     own = least(profiles, spec, local, upload=upload, download=download, factors=factors)
-    weakest = min(own.values(), key=lambda budget: budget.total, default=None)
-    return {
-        client: budget if weakest is None or budget.total == weakest.total else _held_to(weakest, budget, "straggler")
-        for client, budget in own.items()
-    }
+    weakest = min(own.each, key=lambda budget: budget.total, default=None)
+    return own.map(
+        lambda budget: (
+            budget if weakest is None or budget.total == weakest.total else _held_to(weakest, budget, "straggler")
+        )
+    )
 
 
 def exclusive(
@@ -173,7 +172,7 @@ def exclusive(
     upload: Seconds | None = 1.0,
     download: Seconds | None = 1.0,
     factors: Factors = "AB",
-) -> dict[Client, Budget]:
+) -> Budgets:
     """The full rank for those who can afford it, nothing for the rest: a baseline (HRALoRA).
 
     Args:
@@ -184,13 +183,10 @@ def exclusive(
         HRALoRA (github.com/UIUC-Cloud-Computing-Capstone/hralora).
     """
     own = least(profiles, spec, local, upload=upload, download=download, factors=factors)
-    full = rank or max((budget.rank for budget in own.values()), default=0)
+    full = rank or max((budget.rank for budget in own.each), default=0)
     target = Budget(full * len(spec.modules), full, "exclusive")
     nothing = Budget(0, 0, "exclusive")
-    return {
-        client: _held_to(target if budget.rank >= full else nothing, budget, "exclusive")
-        for client, budget in own.items()
-    }
+    return own.map(lambda budget: _held_to(target if budget.rank >= full else nothing, budget, "exclusive"))
 
 
 def _held_to(target: Budget, own: Budget, limit: str) -> Budget:
@@ -200,19 +196,16 @@ def _held_to(target: Budget, own: Budget, limit: str) -> Budget:
 
 def _each(
     profiles: Profiles, spec: ModelSpec, limits: Callable[[ClientProfile], list[Limit | None]], needs: str
-) -> dict[Client, Budget]:
-    """Each client's budget; clients that report the same are looked at once."""
-    known: dict[ClientProfile, Budget] = {}
-    budgets = {}
-    for client, profile in profiles.items():
-        alike = replace(profile, examples=0, group="")
-        if alike not in known:
-            found = [limit for limit in limits(alike) if limit is not None]
-            if not found:
-                raise ValueError(f"client {client!r} states no {needs}, so its rank cannot be derived")
-            known[alike] = _least(found, spec)
-        budgets[client] = known[alike]
-    return budgets
+) -> Budgets:
+    """Each client's budget; clients of a kind are looked at once."""
+    alike = kinds(profiles)
+    budgets = []
+    for kind, profile in enumerate(alike.each):
+        found = [limit for limit in limits(profile) if limit is not None]
+        if not found:
+            raise ValueError(f"client {alike.first(kind)!r} states no {needs}, so its rank cannot be derived")
+        budgets.append(_least(found, spec))
+    return PerKind(alike.names, alike.kind, budgets)
 
 
 def _least(limits: list[Limit], spec: ModelSpec) -> Budget:
