@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -162,17 +162,17 @@ def _hook(
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].to(torch.float32)
-        update = torch.zeros((), device=x.device)
+        updates = []
         if name in live.frozen:
-            update = _update(x, live.frozen[name])
+            updates.append(_update(x, live.frozen[name]))
         if name in live.kron:
-            update = update + live.kron[name](x)
+            updates.append(live.kron[name](x))
         if name in live.A:
             scale = live.scales[name]
             if masks is not None:
                 x, scale = masks.drop(name, x), scale / (1.0 - masks.probability)
-            update = update + _update(x, Layer(live.A[name], live.B[name], scale))
-        return output + update.to(output.dtype)
+            updates.append(_update(x, Layer(live.A[name], live.B[name], scale)))
+        return output + reduce(torch.add, updates).to(output.dtype)
 
     return add
 
@@ -184,7 +184,7 @@ def _update(x: Tensor, layer: Layer) -> Tensor:
         return F.linear(F.linear(x, A), B) * scale
     # Positions of a part side by side; a pooler sees one an example, and some models flatten (b, T, d) themselves.
     rows = x.reshape(len(A), -1, x.shape[-1])
-    return (rows @ A.mT @ B.mT * scale).reshape(*x.shape[:-1], -1)
+    return (rows @ A.mT * scale @ B.mT).reshape(*x.shape[:-1], -1)  # scaled where it is smallest
 
 
 class Masks:

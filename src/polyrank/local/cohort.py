@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -156,6 +157,12 @@ class Cohort:
             tensor.grad = None
 
     # --- the result
+
+    @cached_property
+    def finite(self) -> list[bool]:
+        """Whether each client's tensors are, after the last step."""
+        sums = [full.flatten(1).abs().sum(1) for full in self.full.values()]
+        return torch.stack(sums).isfinite().all(0).tolist() if sums else [True] * len(self.jobs)
 
     def adapter(self, client: int) -> Adapter:
         """A client's adapter as it is now, at its own ranks, on the CPU. A factor it did not train is what was sent."""

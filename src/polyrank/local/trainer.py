@@ -76,8 +76,7 @@ def train_together(
 
 def _update(cohort: Cohort, at: int, losses: list[float], memory: float | None) -> Update:
     job, adapter = cohort.jobs[at], cohort.adapter(at)
-    tensors = [*adapter.dense.values(), *(t for x in adapter.layers.values() for t in (x.A, x.B))]
-    if losses and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if losses and not cohort.finite[at]:
         raise _diverged(job, f"weights are not finite after step {len(losses)}")
     penalty = job.task.penalty
     if penalty is not None and penalty.prune and losses:
