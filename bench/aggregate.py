@@ -11,14 +11,12 @@ in a process of its own, so that the peak of its resident memory is its own too.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from machine import machine
 from polyrank.core.compress import compress
 from polyrank.core.lowrank import LowRank, norm, stack, truncate
 
@@ -182,25 +181,6 @@ def together(layers: list[Figures]) -> Figures:
         figures[route] = {**sums, "peak_bytes": max(layer[route]["peak_bytes"] for layer in layers)}
     figures["errors"] = {k: max(layer["errors"][k] for layer in layers) for k in layers[0]["errors"]}
     return with_ratios(figures)
-
-
-def machine(threads: int) -> Figures:
-    """What the figures were measured on."""
-    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def report(layers: list[Figures], dense_run: str) -> bool:

@@ -26,7 +26,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,9 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aggregate import RANKS, SHARES, Figures, cohort, machine, relative_error
+from aggregate import RANKS, SHARES, Figures, cohort, relative_error
+from machine import machine
 from polyrank.core.compress import compress, compress_all, costs, route
 from polyrank.core.lowrank import LowRank, stack
+from verdicts import Verdict, lines, verdict
 
 RESULTS = Path(__file__).parent / "results" / "compress.json"
 GOALS = {"products": 2.0, "speedup": 15.0, "error": 1e-5}
@@ -106,21 +108,16 @@ def all_layers(modules: int, width: int, repeats: int) -> Figures:
     return {"modules": modules, "width": width, "seconds": seconds, "speedup": seconds["dense"] / seconds["together"]}
 
 
-def report(layers: list[Figures], model: Figures) -> bool:
-    """Prints figures beside goals; whether the goals are met."""
+def verdicts(layers: list[Figures], model: Figures) -> Iterator[Verdict]:
+    """Figures beside goals."""
     for f in layers:
-        taken = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in f["seconds"].items())
-        print(f"{f['shape']} by {f['route']}: {taken}; error {f['error']:.1e}, goal {GOALS['error']:.0e}")
-        print(f"  {f['ratio']:.2f} times the products; all in float32: {f['ratio32']:.2f}")
-    taken = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in model["seconds"].items())
-    print(f"{model['modules']} modules of {model['width']}: {taken}")
-    print(f"  {model['speedup']:.0f} times faster than dense, goal {GOALS['speedup']:.0f}")
+        yield verdict(f"{f['shape']} by {f['route']}: compress / products", f["ratio"])
+        yield verdict(f"{f['shape']}: compress / products, all in float32", f["ratio32"])
+        yield verdict(f"{f['shape']}: error", f["error"], "at most", GOALS["error"])
     spent, unavoidable = (sum(f["seconds"][name] for f in layers) for name in ("compress", "products"))
-    met = spent <= GOALS["products"] * unavoidable and max(f["error"] for f in layers) <= GOALS["error"]
-    met = met and model["speedup"] >= GOALS["speedup"]
-    print(f"Both layers: {spent / unavoidable:.2f} times the products, goal {GOALS['products']}")
-    print(f"The goals are {'met' if met else 'MISSED'}.")
-    return met
+    yield verdict("both: compress / products", spent / unavoidable, "at most", GOALS["products"])
+    name = f"{model['modules']} modules of {model['width']}: dense / ours"
+    yield verdict(name, model["speedup"], "at least", GOALS["speedup"])
 
 
 def main() -> int:
@@ -133,10 +130,12 @@ def main() -> int:
     repeats = 1 if options.quick else options.repeats
     layers = [against_products(s, repeats) for s in (["512x512"] if options.quick else ["4096x4096", "1024x4096"])]
     model = all_layers(*((2, 96) if options.quick else (MODULES, WIDTH)), repeats)
-    met = report(layers, model)
+    said = list(verdicts(layers, model))
+    print("\n".join(lines(said)))
+    met = all(v["met"] is not False for v in said)
     if options.quick:
         return 0
-    result = {"machine": machine(1), "goals": GOALS, "layers": layers, "model": model}
+    result = {"machine": machine(1), "goals": GOALS, "layers": layers, "model": model, "verdicts": said}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if met else 1

@@ -63,7 +63,7 @@ def rows_of(data: Examples, indices: Indices) -> list[Row]:
     return [{name: tensor[i] for name, tensor in batch.items()} for i in range(len(indices))]
 
 
-def fleet(model: str, local: LocalTraining, test: int, holdout: int, device: str) -> Fleet:
+def fleet(model: str, local: LocalTraining, test: int, holdout: int, device: str, shortest: int = TOKENS) -> Fleet:
     """The fleet of one of `MODELS`.
 
     Args:
@@ -71,6 +71,7 @@ def fleet(model: str, local: LocalTraining, test: int, holdout: int, device: str
         local: how clients train; `steps` is given.
         test, holdout: examples to evaluate and to measure importance on.
         device: where the model runs.
+        shortest: words of the shortest text; lengths are uniform from there to `TOKENS`.
     """
     kind, config, targets, vary = MODELS[model]
     with torch.random.fork_rng(devices=[]):
@@ -81,20 +82,21 @@ def fleet(model: str, local: LocalTraining, test: int, holdout: int, device: str
     assert local.steps is not None
     own = local.steps * local.batch
     shares = {f"client_{k}": np.arange(k * own, (k + 1) * own) for k in range(len(RANKS))}
-    draw = partial(vary, base)
+    draw = partial(vary, base, shortest)
     splits = draw(own * len(RANKS), "train"), draw(holdout, "holdout"), draw(test, "test")
     return Fleet(base, local, ServerState(0, Adapter(layers, base.initial_head())), splits[0], shares, *splits[1:])
 
 
-def texts(base: Base, count: int, name: str) -> Examples:
-    """Texts of `TOKENS` random words."""
+def texts(base: Base, shortest: int, count: int, name: str) -> Examples:
+    """Texts of `shortest` to `TOKENS` random words; the first has as many as there may be."""
     rng = stream(SEED, name)
-    ids = rng.integers(1, base.model.config.vocab_size, count * TOKENS, np.int32)
-    return TextSplit(ids, np.arange(count + 1) * TOKENS, rng.integers(0, CLASSES, count), 0)
+    lengths = np.append(TOKENS, rng.integers(shortest, TOKENS + 1, count - 1))
+    ids = rng.integers(1, base.model.config.vocab_size, lengths.sum(), np.int32)
+    return TextSplit(ids, np.append(0, np.cumsum(lengths)), rng.integers(0, CLASSES, count), 0)
 
 
-def images(base: Base, count: int, name: str) -> Examples:
-    """Images of random pixels."""
+def images(base: Base, shortest: int, count: int, name: str) -> Examples:
+    """Images of random pixels, all of one size."""
     rng, config = stream(SEED, name), base.model.config
     shape = (count, config.num_channels, config.image_size, config.image_size)
     pixels = rng.integers(0, 256, shape, np.uint8)

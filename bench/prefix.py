@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
-from collections.abc import Sequence
-from datetime import date
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +30,7 @@ import numpy as np
 import torch
 import transformers
 
+from machine import machine
 from polyrank.core.lowrank import Adapter, fresh
 from polyrank.core.rng import stream
 from polyrank.core.types import LocalTraining, Task
@@ -41,6 +39,7 @@ from polyrank.local import hf
 from polyrank.local.base import Base
 from polyrank.local.prefix import Prefixes
 from polyrank.local.trainer import train
+from verdicts import Verdict, lines, verdict
 
 RESULTS = Path(__file__).parent / "results" / "prefix.json"
 MODELS = {
@@ -116,39 +115,15 @@ def measure(name: str, samples: int, repeats: int) -> Figures:
     }
 
 
-def report(found: Sequence[Figures]) -> bool:
-    """Prints figures beside goals; whether all are met."""
-    met = True
+def verdicts(found: Sequence[Figures]) -> Iterator[Verdict]:
+    """Figures beside goals."""
     for figures in found:
-        seconds = figures["cpu_seconds_per_step"]
-        print(f"{figures['model']}, top {figures['trained']} of {figures['blocks']}, {EPOCHS} epochs")
+        name = f"{figures['model']}, top {figures['trained']} of {figures['blocks']}"
         for route, ratio in figures["ratio"].items():
             goal = GOALS.get(route) if figures["model"] == "minilm" else None
-            expected = f"  expected {figures['expected'][route]:.2f}" if route in figures["expected"] else ""
-            print(
-                f"  {route:8}{1e3 * seconds[route]:8.1f} ms a step: {ratio:.2f} of full"
-                f" (wall {figures['wall_ratio'][route]:.2f}){expected}" + (f"  goal {goal}" if goal else "")
-            )
-            met &= goal is None or ratio <= goal
-    print(f"The goals are {'met' if met else 'MISSED'}.")
-    return met
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
+            yield verdict(f"{name}: {route} / full", ratio, "at most", goal)
+        for route, ratio in figures["expected"].items():
+            yield verdict(f"{name}: {route} / full, by the cost model", ratio)
 
 
 def main() -> int:
@@ -163,9 +138,16 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     samples, repeats = (16, 1) if options.quick else (options.samples, options.repeats)
     found = [measure(name, samples, repeats) for name in MODELS]
-    met = report(found)
+    said = list(verdicts(found))
+    print("\n".join(lines(said)))
+    met = all(v["met"] is not False for v in said)
     if not options.quick:
-        result = {"machine": machine(), "goals": {"model": "minilm", "ratios": GOALS}, "models": found}
+        result = {
+            "machine": machine(),
+            "goals": {"model": "minilm", "ratios": GOALS},
+            "models": found,
+            "verdicts": said,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if met or not options.check else 1

@@ -1,7 +1,7 @@
 """A federated round against a centralised run on the same examples, and against the loops that people write today.
 
-    python bench/round.py                  # one thread; adds its figures to bench/results/round.json
-    python bench/round.py --threads 2
+    python bench/round.py                  # all cores; adds its figures to bench/results/round.json
+    python bench/round.py --threads 1      # steadier on a machine that does other work too
     python bench/round.py --quick --out F  # one small model, few turns, to see that everything runs
     python bench/round.py --check          # fails where a goal is missed
 
@@ -10,12 +10,17 @@ width 384) and of a smaller one (4 blocks, width 256), on texts of 32 words; on 
 billion parameters. Weights are random. All routes see the same examples in the same order, in steps of the same size
 and the same precision, and take turns; ratios are medians over the turns, of process CPU seconds at one thread and of
 wall seconds otherwise. `bench/usual.py` has the other routes.
+
+Around the training of a whole round is what released code does: importance from 32 examples, the server's step, and
+the evaluation of 512 examples. Texts of whole rounds have 8 to 32 words, as real ones are of many lengths; the usual
+round pads them all to the longest there may be, as released code does, and ours to the longest of a batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +53,7 @@ from verdicts import Verdict, lines, verdict
 
 RESULTS = Path(__file__).parent / "results" / "round.json"
 STEPS, TEST, HOLDOUT = 3, 512, 32
+SHORTEST = 8  # words of a text, in whole rounds
 MODELS = {"cpu": ("minilm", "small"), "cuda": ("vit", "llama")}
 BATCHES = {"cpu": (1, 4, 8, 16), "cuda": (1, 4, 8)}
 PARTS = ("training", "whole", "memory")
@@ -264,7 +270,8 @@ def measure(options: argparse.Namespace) -> Figures:
             world = fleet(model, local, options.test, options.holdout, options.device)
             run["training"].append(training(model, batch, world, options.repeats))
             if batch in WHOLE:
-                run["whole"].append(whole(model, batch, world, options.rounds))
+                texts = fleet(model, local, options.test, options.holdout, options.device, SHORTEST)
+                run["whole"].append(whole(model, batch, texts, options.rounds))
             run["memory"].append(memory(model, batch, world))
             latest = {name: [r for r in run[name] if (r["model"], r["batch"]) == (model, batch)] for name in PARTS}
             print("\n".join(lines(verdicts({"clock": run["clock"], **latest}))), flush=True)
@@ -277,7 +284,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, action="append", dest="batches", help="a local batch; again: several")
     parser.add_argument("--repeats", type=int, default=5, help="turns of the training routes")
     parser.add_argument("--rounds", type=int, default=3, help="turns of whole rounds")
-    parser.add_argument("--threads", type=int, default=1, help="one is steady on a machine that does other work too")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", choices=MODELS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one small model, few turns, fewer examples")
     parser.add_argument("--check", action="store_true", help="fail where a goal is missed")

@@ -20,17 +20,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+
+from machine import machine
+from verdicts import Verdict, lines, verdict
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 REGISTERED, COHORT, EXAMPLES = [100, 1_000, 10_000, 100_000], 100, 200_000
@@ -134,39 +136,18 @@ def in_a_process(folder: Path, clients: int) -> Figures:
     return found
 
 
-def report(found: dict[int, Figures]) -> bool:
-    """Prints figures beside goals; whether all are met."""
-    least = found[min(found)]
-    most, met = max(found), True
-    print(f"{COHORT} clients a round; registered clients down")
-    print(f"{'':>10}{'start-up':>10}{'split':>9}{'clients':>9}{'overhead':>15}{'training':>15}{'memory':>16}")
+def verdicts(found: dict[int, Figures]) -> Iterator[Verdict]:
+    """Figures beside goals, which are for the most clients."""
+    least, most = found[min(found)], max(found)
     for clients, x in found.items():
-        print(
-            f"{clients:>10,}{x['startup']:>8.2f} s{x['split']:>7.2f} s{x['clients']:>7.3f} s"
-            + "".join(f"{x[kind] * 1e3:>8.0f} ms {x[kind] / least[kind]:.2f}x" for kind in ROUNDS)
-            + f"{x['memory']:>7.0f} MB {x['memory'] - least['memory']:>+5.0f}"
-        )
-        met &= x["startup"] < STARTUP and x["overhead"] <= OVERHEAD * least["overhead"]
-        met &= x["memory"] - least["memory"] <= MEMORY
-    print(f"goals for {most:,}: start-up {STARTUP:g} s, overhead {OVERHEAD:g}x, memory +{MEMORY:g} MB")
-    print(f"The goals are {'met' if met else 'MISSED'}.")
-    return met
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load": os.getloadavg()[0],
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
+        goal = (STARTUP, OVERHEAD, MEMORY) if clients == most else (None, None, None)
+        yield verdict(f"{clients:,} clients: start-up, seconds", x["startup"], "at most", goal[0])
+        if x is not least:
+            yield verdict(
+                f"{clients:,} clients: overhead of a round", x["overhead"] / least["overhead"], "at most", goal[1]
+            )
+            yield verdict(f"{clients:,} clients: a round of training", x["training"] / least["training"])
+            yield verdict(f"{clients:,} clients: more memory, MB", x["memory"] - least["memory"], "at most", goal[2])
 
 
 def main() -> int:
@@ -191,10 +172,19 @@ def main() -> int:
             for clients, own in runs.items():
                 own.append(in_a_process(folder, clients))
     found = {clients: {key: median(x[key] for x in own) for key in own[0]} for clients, own in runs.items()}
-    met = report(found)
+    said = list(verdicts(found))
+    print("\n".join(lines(said)))
+    met = all(v["met"] is not False for v in said)
     if not options.quick:
         goals = {"startup": STARTUP, "overhead": OVERHEAD, "memory": MEMORY}
-        result = {"machine": machine(), "goals": goals, "cohort": COHORT, "medians": found, "runs": runs}
+        result = {
+            "machine": machine(threads=1),
+            "goals": goals,
+            "cohort": COHORT,
+            "medians": found,
+            "turns": runs,
+            "verdicts": said,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if met or not options.check else 1

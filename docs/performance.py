@@ -74,6 +74,14 @@ SECTIONS = (
         "The exact mean of products without ever forming one, against a dense decomposition.",
     ),
     (
+        "Factorisation",
+        "compress",
+        None,
+        "What `compress` takes of the matrix products that no exact route avoids: Gram matrices in float64, for a"
+        " float32 one is not exact, and the products that make the result. And a model's modules of equal shape"
+        " together, against one dense decomposition after another.",
+    ),
+    (
         "Importance of layers",
         "importance",
         None,

@@ -116,7 +116,7 @@ def test_only_what_is_trained_travels() -> None:
 def test_the_plan_s_bytes_are_the_run_s(digits_file: Path) -> None:
     """What is predicted per group is what the run's messages weigh, and its memory what the run records."""
     groups = planned(digits_file)["groups"]
-    experiment = on_this_machine(load(digits_file))
+    experiment = on_this_machine(load(digits_file, ["simulation.together=off"]))  # alone, each has a measured memory
     session = Session(Run.create(digits_file.parent / "run", experiment), build(experiment))
     for record, _ in session.rounds():
         for index, client in enumerate(sorted(record.bytes_up)):

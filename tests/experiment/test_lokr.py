@@ -147,6 +147,7 @@ def test_the_plan_s_bytes_and_memory_are_the_run_s(
 ) -> None:
     config["model"] |= {"head": head, **({"alpha": alpha} if alpha else {})}
     config["method"]["rank"] = 2
+    config["simulation"] = {"together": "off"}  # alone, each has a measured memory
     found = forecast(experiment_of(config))
     session, _ = finished(tmp_path / "run", config)
     trained = 4 * (8 * (64 + 2 * 16) + HEAD * (head == "train"))

@@ -184,7 +184,7 @@ def _update(x: Tensor, layer: Layer) -> Tensor:
         return F.linear(F.linear(x, A), B) * scale
     # Positions of a part side by side; a pooler sees one an example, and some models flatten (b, T, d) themselves.
     rows = x.reshape(len(A), -1, x.shape[-1])
-    return (rows @ A.mT * scale @ B.mT).reshape(*x.shape[:-1], -1)  # scaled where it is smallest
+    return (rows @ A.mT @ B.mT * scale).reshape(*x.shape[:-1], -1)
 
 
 class Masks:

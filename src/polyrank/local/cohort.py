@@ -146,13 +146,17 @@ class Cohort:
             g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the clients that still train; their gradients are gone afterwards."""
+        """One step of the clients that still train."""
         found = self.gradients()
         for key, start, stop, view in self.views:
             g = found.get(key)
             view.grad = g[start:stop] if g is not None and start < self.active else None
         optimizer.step()
-        optimizer.zero_grad()
+
+    def forget(self) -> None:
+        """Lets go of all gradients: nothing but parameters and states is held while a forward pass runs."""
+        for *_, view in self.views:
+            view.grad = None
         for tensor in self.live.parameters():
             tensor.grad = None
 

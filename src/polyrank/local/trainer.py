@@ -60,6 +60,7 @@ def train_together(
         alone = Meter(base.model, base.device, model.tensors(), model.parameters()) if len(jobs) == 1 else None
         for step in range(len(jobs[0].steps)):
             active = sum(len(job.steps) > step for job in jobs)
+            cohort.forget()
             if active < cohort.active:
                 cohort.keep(active)
             with alone.forward() if alone else nullcontext():
