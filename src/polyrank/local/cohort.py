@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,27 +63,30 @@ class Cohort:
         tasks = [job.task for job in jobs]
         layers = list(dict.fromkeys(name for task in tasks for name in task.adapter.layers))
         held = {name: [task.adapter.layers.get(name) for task in tasks] for name in layers}
+        self.stacked = len(jobs) > 1
+        # With rank in front, a client's own part is contiguous: its optimizer states need no padding.
         self.full: dict[Key, Tensor] = {
             **{("A", name): self._stack([x and x.A for x in xs]) for name, xs in held.items()},
-            **{("B", name): self._stack([x and x.B for x in xs]) for name, xs in held.items()},
+            **{("B", name): self._stack([x and self._turned(x.B) for x in xs]) for name, xs in held.items()},
             **{("dense", n): self._stack([task.adapter.dense[n] for task in tasks]) for n in tasks[0].adapter.dense},
         }
         self.scales = {name: self._scale([x.scale if x else None for x in xs]) for name, xs in held.items()}
         self.frozen = self._frozen(tasks)
         fixed = {name: tensor.to(base.device) for name, tensor in tasks[0].frozen.dense.items()}
         self.masks: Masks | None = None
-        self.live = Attachment(base.logits, fixed=fixed, stacked=len(jobs) > 1)
+        self.live = Attachment(base.logits, fixed=fixed, stacked=self.stacked)
+        self.leaves: dict[Key, Tensor] = {}
         self.keep(len(jobs))
-        self.runs = list(self._runs())
 
     def keep(self, active: int) -> None:
         """From now on only the first `active` clients run: the others have done their steps."""
         self.active = active
         tensors: dict[str, dict[str, Tensor]] = {"A": self.live.A, "B": self.live.B, "dense": self.live.dense}
         for (kind, name), full in self.full.items():
-            own = full[:active] if self.live.stacked else full[0]
+            own = full[:active] if self.stacked else full[0]
             trained = any(_trains(job.task, kind) for job in self.jobs)
-            tensors[kind][name] = own.detach().requires_grad_(trained)
+            self.leaves[kind, name] = own.detach().requires_grad_(trained)
+            tensors[kind][name] = self._turned(self.leaves[kind, name]) if kind == "B" else self.leaves[kind, name]
         self.live.scales |= {name: _first(scale, active) for name, scale in self.scales.items()}
         self.live.frozen |= {
             name: Layer(_first(x.A, active), _first(x.B, active), _first(x.scale, active)) if x.A.ndim == 3 else x
@@ -111,23 +113,21 @@ class Cohort:
         self.masks.meet(rows, [max(own[:count], default=0) for own, count in zip(lengths, rows, strict=bool(lengths))])
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """One optimizer of all clients' tensors, with learning rates and weight decay of their own."""
-        self.views: list[tuple[Key, int, int, Tensor]] = []
-        groups = []
-        for start, stop in self.runs:
-            task = self.jobs[start].task
-            keys = [key for key in self.full if _trains(task, key[0])]
-            views = [(key, start, stop, self.full[key][start:stop]) for key in keys]
-            own = {"lr": task.local.lr, "weight_decay": task.local.weight_decay}
-            groups.append({"params": [view for *_, view in views], **own})
+        """One optimizer of every client's own parts, with learning rates and weight decay of their own."""
+        self.views: list[tuple[Key, int, Tensor]] = []
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for client, job in enumerate(self.jobs):
+            own = {key: self._part(key, client) for key in self.full if _trains(job.task, key[0])}
+            views = [(key, client, part) for key, part in own.items() if part.numel()]
+            groups.setdefault((job.task.local.lr, job.task.local.weight_decay), []).extend(part for *_, part in views)
             self.views += views
-        return optimizer_of(groups, self.jobs[0].task.local)
+        chosen = [{"params": own, "lr": lr, "weight_decay": decay} for (lr, decay), own in groups.items()]
+        return optimizer_of(chosen, self.jobs[0].task.local)
 
     def gradients(self) -> dict[Key, Tensor]:
         """The gradients of what is trained, with the client in front."""
-        tensors = {"A": self.live.A, "B": self.live.B, "dense": self.live.dense}
-        found = {key: tensors[key[0]][key[1]].grad for key in self.full}
-        return {key: g if self.live.stacked else g[None] for key, g in found.items() if g is not None}
+        found = {key: tensor.grad for key, tensor in self.leaves.items()}
+        return {key: g if self.stacked else g[None] for key, g in found.items() if g is not None}
 
     def clip(self) -> None:
         """Scales each client's gradients to its largest norm, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -148,16 +148,16 @@ class Cohort:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One step of the clients that still train."""
         found = self.gradients()
-        for key, start, stop, view in self.views:
-            g = found.get(key)
-            view.grad = g[start:stop] if g is not None and start < self.active else None
+        for key, client, view in self.views:
+            runs = client < self.active and key in found
+            view.grad = found[key][client][: len(view)] if runs else None
         optimizer.step()
 
     def forget(self) -> None:
         """Lets go of all gradients: nothing but parameters and states is held while a forward pass runs."""
         for *_, view in self.views:
             view.grad = None
-        for tensor in self.live.parameters():
+        for tensor in self.leaves.values():
             tensor.grad = None
 
     # --- the result
@@ -175,8 +175,8 @@ class Cohort:
         def own(kind: str, name: str, sent: Tensor) -> Tensor:
             if not _trains(task, kind):
                 return sent
-            part = self.full[kind, name][client][tuple(slice(size) for size in sent.shape)]
-            return part.to("cpu", copy=True).contiguous()
+            part = self._part((kind, name), client)
+            return (self._turned(part) if kind == "B" else part).to("cpu", copy=True).contiguous()
 
         layers = {n: LowRank(own("A", n, x.A), own("B", n, x.B), x.scale) for n, x in task.adapter.layers.items()}
         return Adapter(layers, {name: own("dense", name, tensor) for name, tensor in task.adapter.dense.items()})
@@ -215,14 +215,18 @@ class Cohort:
                 layers[name] = Layer(A, B, self._scale([x.scale if x else None for x in xs]))
         return layers
 
-    def _runs(self) -> Iterator[tuple[int, int]]:
-        """Neighbours that an optimizer treats alike: from, to."""
+    def _part(self, key: Key, client: int) -> Tensor:
+        """A client's own part of a stack, without what only fills it up; empty where it lacks the layer."""
+        kind, name = key
+        own = self.full[key][client]
+        if kind == "dense" or not self.stacked:
+            return own
+        layer = self.jobs[client].task.adapter.layers.get(name)
+        return own[: layer.rank if layer else 0]
 
-        def treatment(job: Job) -> tuple[object, ...]:
-            return len(job.steps), job.task.factors, job.task.local.lr, job.task.local.weight_decay
-
-        changes = [i for i in range(1, len(self.jobs)) if treatment(self.jobs[i]) != treatment(self.jobs[i - 1])]
-        yield from pairwise([0, *changes, len(self.jobs)])
+    def _turned(self, B: Tensor) -> Tensor:
+        """B with rank in front, or back: only where it is stacked."""
+        return B.mT if self.stacked else B
 
 
 def _trains(task: Task, kind: str) -> bool:

@@ -161,10 +161,5 @@ def grouped(
         members.sort(key=lambda pair: (pair[0].depth, pair[0].rows, pair[0].positions, pair[0].width, pair[1].client))
         for start, stop in cheapest([x for x, _ in members], fixed, positions):
             together = [job for _, job in members[start:stop]]
-            groups.append(sorted(together, key=_treatment))
+            groups.append(sorted(together, key=lambda job: (-len(job.steps), job.client)))
     return groups
-
-
-def _treatment(job: Job) -> tuple[object, ...]:
-    """The most steps first; then those beside each other whom an optimizer treats alike."""
-    return -len(job.steps), job.task.factors, job.task.local.lr, job.task.local.weight_decay, job.client
