@@ -120,9 +120,9 @@ def table(found: list[Verdict]) -> Iterator[str]:
 def described(on: dict[str, Any]) -> str:
     """A machine in words; older records say less."""
     where = on["gpu"] if on.get("gpu") else f"{on['cpu']}, {on['cores']} cores, {on['threads']} of torch's threads"
-    libraries = ", ".join(f"{name} {on[name]}" for name in ("torch", "transformers", "peft") if name in on)
+    libraries = "".join(f"{name} {on[name]}, " for name in ("torch", "transformers", "peft", "numpy") if name in on)
     commit = f", commit {on['commit']}" if "commit" in on else ""
-    return f"{where}; load {on['load']:.1f}; {libraries}, Python {on['python']}; {on['date']}{commit}"
+    return f"{where}; load {on['load']:.1f}; {libraries}Python {on['python']}; {on['date']}{commit}"
 
 
 if __name__ == "__main__":
