@@ -29,6 +29,7 @@ from torch import Tensor
 from machine import machine
 from polyrank.core.compress import compress
 from polyrank.core.lowrank import LowRank, norm, stack, truncate
+from records import store
 
 RANKS = [4, 4, 16, 16, 64, 64, 128, 128, 256, 256]
 SHARES = [(100 + 50 * i) / 3250 for i in range(len(RANKS))]  # unequal data sizes
@@ -230,8 +231,7 @@ def main() -> int:
     result = {"machine": machine(options.threads), "ranks": RANKS, "dense": dense_run, "goals": GOALS, "layers": layers}
     if options.quick:
         return 0
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    store(options.out, result)
     return 0 if met else 1
 
 

@@ -23,13 +23,9 @@ Routes alternate in one process of one thread; figures are medians of CPU second
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,23 +34,13 @@ from aggregate import RANKS, SHARES, Figures, cohort, relative_error
 from machine import machine
 from polyrank.core.compress import compress, compress_all, costs, route
 from polyrank.core.lowrank import LowRank, stack
-from verdicts import Verdict, lines, verdict
+from records import store
+from stopwatch import in_turns, medians
+from verdicts import Verdict, shown, verdict
 
 RESULTS = Path(__file__).parent / "results" / "compress.json"
 GOALS = {"products": 2.0, "speedup": 15.0, "error": 1e-5}
 MODULES, WIDTH, CLIENT_RANKS = 24, 768, [4, 6, 8, 10, 12, 14, 18, 20, 22, 24]
-
-
-def alternate(routes: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each, in turns, after a first turn that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in routes}
-    for turn in range(repeats + 1):
-        for name, run in routes.items():
-            begin = time.process_time()
-            run()
-            if turn:
-                seconds[name].append(time.process_time() - begin)
-    return {name: median(taken) for name, taken in seconds.items()}
 
 
 def products(A: Tensor, B: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -71,7 +57,7 @@ def against_products(shape: str, repeats: int) -> Figures:
         "products": lambda: products(x.A, x.B, rank, torch.float64),
         "products32": lambda: products(x.A, x.B, rank, torch.float32),
     }
-    seconds = alternate(routes, repeats)
+    seconds = {name: medians(runs)["cpu"] for name, runs in in_turns(routes, repeats).items()}
     exact = compress(LowRank(x.A.double(), x.B.double()), rank)
     return {
         "shape": shape,
@@ -104,7 +90,7 @@ def all_layers(modules: int, width: int, repeats: int) -> Figures:
         "one by one": lambda: [compress(stack(xs, share), max(CLIENT_RANKS)) for xs in layers],
         "dense": lambda: [dense(xs) for xs in layers],
     }
-    seconds = alternate(routes, repeats)
+    seconds = {name: medians(runs)["cpu"] for name, runs in in_turns(routes, repeats).items()}
     return {"modules": modules, "width": width, "seconds": seconds, "speedup": seconds["dense"] / seconds["together"]}
 
 
@@ -131,13 +117,11 @@ def main() -> int:
     layers = [against_products(s, repeats) for s in (["512x512"] if options.quick else ["4096x4096", "1024x4096"])]
     model = all_layers(*((2, 96) if options.quick else (MODULES, WIDTH)), repeats)
     said = list(verdicts(layers, model))
-    print("\n".join(lines(said)))
-    met = all(v["met"] is not False for v in said)
+    met = shown(said)
     if options.quick:
         return 0
     result = {"machine": machine(1), "goals": GOALS, "layers": layers, "model": model, "verdicts": said}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    store(options.out, result)
     return 0 if met else 1
 
 

@@ -19,7 +19,6 @@ goal is on the small one, where what is lost is the overhead of many small steps
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +41,7 @@ from polyrank.local.base import Base
 from polyrank.local.data import Examples
 from polyrank.local.digits_base import digits_config
 from polyrank.local.importance import importance
+from records import store
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 SPEEDUPS = {("minilm", "through"): 5, ("digits", "through"): 5, ("digits", "one by one"): 5}
@@ -166,8 +166,7 @@ def main() -> int:
     met = report(found)
     goals = [{"model": model, "against": route, "speedup": goal} for (model, route), goal in SPEEDUPS.items()]
     result = {"machine": machine(), "goals": {"speedups": goals, "error": ERROR}, "models": found}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    store(options.out, result)
     return 0 if met or not options.check else 1
 
 

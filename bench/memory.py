@@ -19,6 +19,7 @@ import torch
 from machine import machine
 from polyrank.experiment.calibrate import calibrate
 from polyrank.experiment.loading import parse
+from records import store
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 GOALS = {"mean": 0.05, "largest": 0.10}
@@ -89,7 +90,7 @@ def main() -> int:
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
     run = {"machine": {"device": device(), **machine()}, "batch": options.batch, "goals": GOALS, "rows": found}
     kept = [old for old in kept if old["machine"]["device"] != run["machine"]["device"]]
-    options.out.write_text(json.dumps({"runs": [*kept, run]}, indent=1) + "\n")
+    store(options.out, {"runs": [*kept, run]})
     return 0 if mean <= GOALS["mean"] and largest <= GOALS["largest"] else 1
 
 

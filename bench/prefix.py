@@ -18,12 +18,10 @@ to 64 tokens. `expected` counts a forward pass and a backward pass of a block as
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,7 +37,9 @@ from polyrank.local import hf
 from polyrank.local.base import Base
 from polyrank.local.prefix import Prefixes
 from polyrank.local.trainer import train
-from verdicts import Verdict, lines, verdict
+from records import store
+from stopwatch import in_turns, medians
+from verdicts import Verdict, shown, verdict
 
 RESULTS = Path(__file__).parent / "results" / "prefix.json"
 MODELS = {
@@ -83,29 +83,30 @@ def measure(name: str, samples: int, repeats: int) -> Figures:
     base, data, everything = base_of(name), texts(samples), np.arange(samples)
     full, top = task_of(base, len(base.blocks)), task_of(base, TOP[name])
     kept = Prefixes(base, data, 2**30)
-    rounds = {"full": full, "top": top, "cached": top, "again": top}
-    cpu: dict[str, list[float]] = {route: [] for route in rounds}
-    wall: dict[str, list[float]] = {route: [] for route in rounds}
-    for repeat in range(repeats + 1):
-        for route, task in rounds.items():
-            begin, began = time.process_time(), time.perf_counter()
-            prefixes = {"cached": Prefixes(base, data, 2**30), "again": kept}.get(route)
-            update = train(base, task, "c", data, everything, prefixes and prefixes.of(task, "c", everything))
-            if repeat:
-                cpu[route].append((time.process_time() - begin) / update.metrics["steps"])
-                wall[route].append((time.perf_counter() - began) / update.metrics["steps"])
-    seconds, passed = ({route: median(v) for route, v in clock.items()} for clock in (cpu, wall))
+    steps = EPOCHS * -(-samples // full.local.batch)
+
+    def round_of(task: Task, prefixes: Callable[[], Prefixes] | None = None) -> None:
+        train(base, task, "c", data, everything, prefixes().of(task, "c", everything) if prefixes else None)
+
+    routes = {
+        "full": partial(round_of, full),
+        "top": partial(round_of, top),
+        "cached": partial(round_of, top, lambda: Prefixes(base, data, 2**30)),
+        "again": partial(round_of, top, lambda: kept),
+    }
+    taken = {route: medians(runs) for route, runs in in_turns(routes, repeats).items()}
+    seconds, passed = ({route: x[clock] / steps for route, x in taken.items()} for clock in ("cpu", "wall"))
     deep, k = len(base.blocks), TOP[name]
     return {
         "model": name,
         "blocks": deep,
         "trained": k,
         "examples": samples,
-        "steps": int(update.metrics["steps"]),
+        "steps": steps,
         "cpu_seconds_per_step": seconds,
         "wall_seconds_per_step": passed,
-        "ratio": {route: seconds[route] / seconds["full"] for route in rounds},
-        "wall_ratio": {route: passed[route] / passed["full"] for route in rounds},
+        "ratio": {route: seconds[route] / seconds["full"] for route in routes},
+        "wall_ratio": {route: passed[route] / passed["full"] for route in routes},
         "expected": {
             "top": (deep + k) / (2 * deep),
             "cached": ((deep - k) / EPOCHS + 2 * k) / (2 * deep),
@@ -139,8 +140,7 @@ def main() -> int:
     samples, repeats = (16, 1) if options.quick else (options.samples, options.repeats)
     found = [measure(name, samples, repeats) for name in MODELS]
     said = list(verdicts(found))
-    print("\n".join(lines(said)))
-    met = all(v["met"] is not False for v in said)
+    met = shown(said)
     if not options.quick:
         result = {
             "machine": machine(),
@@ -148,8 +148,7 @@ def main() -> int:
             "models": found,
             "verdicts": said,
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        store(options.out, result)
     return 0 if met or not options.check else 1
 
 

@@ -28,6 +28,12 @@ def stored(bench: str) -> list[tuple[dict[str, Any], list[Verdict]]]:
     return [(run["machine"], list(verdicts(bench, run))) for run in record.get("runs", [record])]
 
 
+def store(path: Path, record: Run) -> None:
+    """Writes what a bench measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def verdicts(bench: str, run: Run) -> Iterator[Verdict]:
     if "verdicts" in run:
         yield from run["verdicts"]

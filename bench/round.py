@@ -47,6 +47,7 @@ from polyrank.local.optimizer import autocast
 from polyrank.local.trainer import prepare
 from polyrank.methods import METHODS
 from polyrank.methods.importance import fisher
+from records import store
 from stopwatch import Stopwatch, in_turns, medians, ratios
 from usual import Centralised, Round, WithAccelerate, WithTrainer, stacked
 from verdicts import Verdict, lines, verdict
@@ -310,9 +311,8 @@ def main() -> int:
     run = {"machine": machine(), "device": options.device, **run, "verdicts": list(verdicts(run))}
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
     kept = [old for old in kept if identity(old) != identity(run)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {"ranks": RANKS, "steps": STEPS, "tokens": TOKENS, "test": options.test, "holdout": options.holdout}
-    options.out.write_text(json.dumps({"settings": settings, "runs": [*kept, run]}, indent=1) + "\n")
+    store(options.out, {"settings": settings, "runs": [*kept, run]})
     missed = [v["name"] for v in run["verdicts"] if v["met"] is False]
     print(f"{len(missed)} goals are MISSED." if missed else "The goals are met.")
     return 1 if missed and options.check else 0

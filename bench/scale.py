@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 
 from machine import machine
-from verdicts import Verdict, lines, verdict
+from records import store
+from verdicts import Verdict, shown, verdict
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 REGISTERED, COHORT, EXAMPLES = [100, 1_000, 10_000, 100_000], 100, 200_000
@@ -173,8 +174,7 @@ def main() -> int:
                 own.append(in_a_process(folder, clients))
     found = {clients: {key: median(x[key] for x in own) for key in own[0]} for clients, own in runs.items()}
     said = list(verdicts(found))
-    print("\n".join(lines(said)))
-    met = all(v["met"] is not False for v in said)
+    met = shown(said)
     if not options.quick:
         goals = {"startup": STARTUP, "overhead": OVERHEAD, "memory": MEMORY}
         result = {
@@ -185,8 +185,7 @@ def main() -> int:
             "turns": runs,
             "verdicts": said,
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        store(options.out, result)
     return 0 if met or not options.check else 1
 
 

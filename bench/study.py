@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from machine import commit, machine
-from polyrank.experiment.build import build, on_this_machine
+from polyrank.experiment.build import build
 from polyrank.experiment.loading import load
+from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 from polyrank.methods import METHODS
+from records import store
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "study.json"
@@ -119,8 +121,7 @@ def main() -> int:
         for count, finished in enumerate(as_completed(running), 1):
             record = finished.result()
             result = {"machine": machine(), "due": everything, "runs": [*result["runs"], record]}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            store(options.out, result)
             shown = f"{record['setting']}, {record['method']}, seed {record['seed']}: {record['final']:.1%}"
             print(f"{count}/{len(due)}  {shown}  ({record['wall_seconds']:.0f} s)", flush=True)
     return 0

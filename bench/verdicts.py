@@ -41,6 +41,13 @@ def lines(found: Iterable[Verdict]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def shown(found: Iterable[Verdict]) -> bool:
+    """Prints figures beside goals; whether none is missed."""
+    said = list(found)
+    print("\n".join(lines(said)), flush=True)
+    return all(v["met"] is not False for v in said)
+
+
 def cells(v: Verdict) -> list[str]:
     return [v["name"], goal(v), figure(v), said(v)]
 

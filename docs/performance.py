@@ -19,11 +19,10 @@ PAGE = ROOT / "docs" / "performance.md"
 HEAD = """\
 # Performance
 
-This page is written by `python docs/performance.py` from the records of `make bench`; a test keeps it up to date. Goals
-were set before anything was measured, and those that are missed stay here as missed. A figure without a goal is for
-the reader. Ratios are medians over turns in which all routes alternate, with the least and the most in brackets. They
-depend on the machine; `make bench` makes them on yours. How well memory is predicted is on [a page of its
-own](memory.md).
+This page is written by `python docs/performance.py` from the records of `make bench`; a test keeps it up to date.
+Goals that are missed stay here as missed. A figure without a goal is for the reader. Ratios are medians over turns in
+which all routes alternate, with the least and the most in brackets. They depend on the machine; `make bench` makes them
+on yours. How well memory is predicted is on [a page of its own](memory.md).
 """
 # Heading, bench, part of the bench, what is compared.
 SECTIONS = (
@@ -44,7 +43,7 @@ SECTIONS = (
         " copy of the model and a new Accelerator for every client. The *usual round* is the latter with what is around"
         " it: importance by a backward pass per example through the graph of 32, a data loader per client, a dense"
         " decomposition per module, evaluation of 512 examples in a plain loop; against a round of `federate` that does"
-        " the same work.",
+        " the same work. Texts of whole rounds have 8 to 32 words; the usual round pads them all to the longest.",
     ),
     (
         "The same losses",
@@ -78,7 +77,8 @@ SECTIONS = (
         "compress",
         None,
         "What `compress` takes of the matrix products that no exact route avoids: Gram matrices in float64, for a"
-        " float32 one is not exact, and the products that make the result. And a model's modules of equal shape"
+        " float32 one is not exact, and the products that make the result; the goal is for both layers together, and"
+        " is missed if all products are counted in float32. And a model's modules of equal shape"
         " together, against one dense decomposition after another.",
     ),
     (

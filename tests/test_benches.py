@@ -62,7 +62,17 @@ def test_a_machine_is_named_whole() -> None:
 @pytest.mark.timeout(300)
 def test_a_round_by_all_routes_has_the_same_losses(tmp_path: Path) -> None:
     out = tmp_path / "round.json"
-    command = [sys.executable, str(ROOT / "bench" / "round.py"), "--quick", "--batch", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "round.py"),
+        "--quick",
+        "--batch",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (run,) = json.loads(out.read_text())["runs"]
     for row in (*run["training"], *run["whole"]):

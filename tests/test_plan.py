@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from polyrank.cli import app
 from polyrank.core.costs import memory
-from polyrank.experiment.build import build, on_this_machine
+from polyrank.experiment.build import build
 from polyrank.experiment.forecast import forecast
 from polyrank.experiment.loading import load
+from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 

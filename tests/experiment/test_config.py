@@ -14,9 +14,10 @@ import yaml
 from transformers import BertConfig
 
 from polyrank.core.method import Method
-from polyrank.experiment.build import build, on_this_machine
+from polyrank.experiment.build import build
 from polyrank.experiment.config import SLOTS, ConfigError, Experiment, json_schema
 from polyrank.experiment.loading import load, method_with, parse, read_yaml
+from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.planning import describe, group_budgets, server_rank
 from polyrank.methods import METHODS
 from polyrank.methods.aggregate.rb_lora import rb_lora

@@ -283,6 +283,7 @@ def test_incomplete_or_mixed_layers_are_refused(tmp_path: Path) -> None:
         ({n: t for n, t in dense.items() if not n.endswith("w1")}, "layer m.a has lokr_w2_a, lokr_w2_b only"),
         ({**dense, "m.a.lokr_w2_b": torch.ones(3, 24)}, r"lokr_w2_a \(24, 2\) and lokr_w2_b \(3, 24\) do not fit"),
         ({**dense, "m.a.lokr_w1": torch.ones(3)}, "layer m.a: the factors of a linear layer are matrices"),
+        ({n: t[None] for n, t in dense.items()}, "layer m.a: the factors of a linear layer are matrices"),
     ):
         with pytest.raises(ValueError, match=message):
             lokr.grouped(broken)

@@ -26,8 +26,9 @@ def run(
 ) -> None:
     """Run an experiment and write its adapter, records and summary to a folder."""
     with mistakes():
-        from polyrank.experiment.build import build, on_this_machine
+        from polyrank.experiment.build import build
         from polyrank.experiment.loading import load
+        from polyrank.experiment.machine import on_this_machine
         from polyrank.experiment.session import Session
         from polyrank.experiment.store import Run, check_free, free_folder
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from polyrank.core.costs import NoFormulaError, task_memory
 from polyrank.core.exactness import aggregation_error
-from polyrank.core.lowrank import Adapter, Factors, LowRank, combine, precision
+from polyrank.core.ledger import Ledger
+from polyrank.core.lowrank import Adapter, LowRank, combine, precision
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.roster import Listed, ascending
@@ -188,7 +188,7 @@ def federate(
         chosen = [c for c in sample(everybody, cohort, state.round, seed) if budgets[c].total > 0]
         state = scored(method, state, chosen, spec, seed, measure)
         tasks = plan(method, state, budgets, chosen, spec, now, seed)
-        ledger = _Ledger(state.round, method.factors(state.round), now, tasks, spec)
+        ledger = Ledger(state.round, method.factors(state.round), now, tasks, spec)
         kept: list[Update] = []
         updates = ledger.watch(clients.fit(tasks))
         absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed, device)
@@ -269,54 +269,3 @@ class _DenseMean:
             name: (self.sums[name] / self.weights[name]).to(held.dtype) if name in self.sums else held
             for name, held in self.server.items()
         }
-
-
-class _Ledger:
-    """Keeps the books of a round while its updates stream past."""
-
-    def __init__(
-        self, round_: int, factors: Factors, local: LocalTraining, tasks: Mapping[Client, Task], spec: ModelSpec
-    ) -> None:
-        self.round, self.factors, self.local, self.tasks, self.spec = round_, factors, local, tasks, spec
-        self.up: dict[Client, int] = {}
-        self.losses: dict[Client, float] = {}
-        self.examples: dict[Client, float] = {}
-        self.seconds: list[float] = []
-        self.memory: dict[Client, float] = {}
-
-    def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
-        for update in updates:
-            self.up[update.client] = update.nbytes
-            self.examples[update.client] = update.examples
-            if "loss" in update.metrics:
-                self.losses[update.client] = float(update.metrics["loss"])
-            if "seconds" in update.metrics:
-                self.seconds.append(float(update.metrics["seconds"]))
-            if "memory" in update.metrics:
-                self.memory[update.client] = float(update.metrics["memory"])
-            yield update
-
-    def record(self, error: float | None) -> RoundRecord:
-        return RoundRecord(
-            round=self.round,
-            factors=self.factors,
-            lr=self.local.lr,
-            ranks={c: {name: x.rank for name, x in task.adapter.layers.items()} for c, task in self.tasks.items()},
-            bytes_down={c: task.nbytes for c, task in self.tasks.items()},
-            bytes_up=self.up,
-            losses=self.losses,
-            examples=self.examples,
-            dropped=tuple(c for c in self.tasks if c not in self.up),
-            seconds=max(self.seconds) if self.seconds else None,
-            predicted_memory=self._predicted(),
-            measured_memory=self.memory,
-            aggregation_error=error,
-        )
-
-    def _predicted(self) -> dict[Client, float]:
-        if self.spec.architecture is None:
-            return {}
-        try:
-            return {client: task_memory(self.spec, task).total for client, task in self.tasks.items()}
-        except NoFormulaError:
-            return {}

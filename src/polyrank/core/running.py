@@ -28,7 +28,7 @@ class RunningSum:
         part = LowRank(x.A.to(dtype) * (weight * x.scale), x.B.to(dtype, copy=True))
         self.rank += x.rank
         if self.matrix is not None:
-            self.matrix = self.matrix.addmm(part.B.to(self.matrix.dtype), part.A.to(self.matrix.dtype))
+            self.matrix.addmm_(part.B.to(self.matrix.dtype), part.A.to(self.matrix.dtype))
             return
         self.parts.append(part)
         d_out, d_in = self.shape

@@ -95,7 +95,7 @@ class Simulator:
 
     def _trained(self, group: list[Job]) -> list[Update]:
         kept = self.prefixes
-        if kept is None or not self._resumes_at(group[0]):
+        if kept is None:
             return train_together(self.base, group, self.data)
         found = [kept.of(job.task, job.client, self.shares[job.client]) for job in group]
         prefixes = [prefix for prefix in found if prefix is not None]

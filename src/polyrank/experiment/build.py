@@ -5,16 +5,12 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from polyrank.core.architecture import ModelSpec
-from polyrank.core.costs import NoFormulaError, memory
 from polyrank.core.lowrank import Adapter, fresh, pad, rescale
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
@@ -27,8 +23,8 @@ from polyrank.data import (
     prepare_text,
 )
 from polyrank.engines.simulator import Simulator
-from polyrank.experiment.components import describe as describe_answer
 from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for
 from polyrank.experiment.planning import (
     BUILT_IN_MODELS,
     check_stated_ranks,
@@ -38,13 +34,9 @@ from polyrank.experiment.planning import (
     server_rank,
 )
 from polyrank.experiment.shares import fleet_profiles, share_data
-from polyrank.experiment.tables import SLOTS
 from polyrank.local import hf, lokr
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
-from polyrank.local.grouping import TOGETHER
-from polyrank.local.measure import device_memory
-from polyrank.local.optimizer import precision_on
 from polyrank.local.prefix import Prefixes
 
 Split = TextSplit | ImageSplit
@@ -73,59 +65,6 @@ class World:
     splits: Mapping[str, Split]
     start: ServerState
     info: AdapterInfo
-
-
-def on_this_machine(experiment: Experiment) -> Experiment:
-    """The experiment with device, threads, precision and cache decided: a resumed run computes as it began.
-
-    The cost model then knows whether activations are bfloat16, which ``auto`` leaves to the device.
-    """
-    threads, device = experiment.threads or default_threads(), pick_device(experiment.device)
-    precision = precision_on(torch.device(device), experiment.local.precision)
-    local = experiment.local.model_copy(update={"precision": precision})
-    chosen = {"cache": cache_memory(experiment), "together": together(experiment)}
-    simulation = experiment.simulation.model_copy(update=chosen)
-    decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
-    return experiment.model_copy(update=decided)
-
-
-def cache_memory(experiment: Experiment) -> float | Literal["off"]:
-    """Bytes for hidden states that are computed once, or ``off``.
-
-    ``auto`` is off where no example comes again with the same model below: in one epoch of one round, or where each
-    round sends the layers that a client does not train as well. Otherwise it is a quarter of what is free, rounded down
-    to a power of two, so that it is the same next time, and at most 4 GiB.
-    """
-    if experiment.simulation.cache != "auto":
-        return experiment.simulation.cache
-    local, dispatch = experiment.local, experiment.build_method().dispatch
-    again_now = local.epochs > 1 or local.steps is not None
-    again_later = experiment.rounds > 1 and describe_answer(SLOTS["dispatch"], dispatch)["name"] != "whole"
-    free = device_memory(torch.device(pick_device(experiment.device))).free
-    return float(2 ** min(int(math.log2(free / 4)), 32)) if again_now or again_later else "off"
-
-
-def together(experiment: Experiment) -> int | Literal["off"]:
-    """Most input positions of a step that clients share."""
-    wanted = experiment.simulation.together
-    return TOGETHER[torch.device(pick_device(experiment.device)).type] if wanted == "auto" else wanted
-
-
-def positions_for(spec: ModelSpec, experiment: Experiment, rank: int, device: torch.device) -> int:
-    """Most input positions of a shared step on this machine: their activations take at most half of its memory.
-
-    Of all its memory, and not of what is free: the same machine must make the same run.
-    """
-    most = together(experiment)
-    if most == "off":
-        return 0
-    one = replace(experiment.local_training(), batch=1)
-    try:
-        example = memory(spec, one, dict.fromkeys(spec.modules, rank)).activations
-    except NoFormulaError:
-        return most
-    assert spec.architecture is not None
-    return min(most, int(device_memory(device).total / 2 / example * max(spec.architecture.tokens, 1)))
 
 
 def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str, Split]]:
@@ -237,31 +176,6 @@ def _first_lokr(experiment: Experiment, method: Method, base: Base) -> ServerSta
     if experiment.model.head == "freeze":
         return ServerState(0, Adapter({}, factors), Adapter({}, {**head, **fixed}))
     return ServerState(0, Adapter({}, {**head, **factors}), Adapter({}, fixed))
-
-
-def pick_device(device: str) -> str:
-    """``auto`` is the GPU if there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} is not available: {error}") from None
-    return device
-
-
-def default_threads() -> int:
-    """Cores this process may use: its affinity and its container's quota, or OMP_NUM_THREADS where that is set."""
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return max(int(os.environ["OMP_NUM_THREADS"]), 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        cores = min(cores, max(int(quota) // int(period), 1)) if quota != "max" else cores
-    except (OSError, ValueError):
-        pass
-    return cores
 
 
 def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment, rank: int) -> None:  # type: ignore[type-arg]

@@ -17,8 +17,8 @@ from polyrank.core.costs import NoFormulaError, memory
 from polyrank.core.lowrank import Adapter, fresh
 from polyrank.core.rng import stream
 from polyrank.core.types import LocalTraining
-from polyrank.experiment.build import on_this_machine
 from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.planning import describe, group_budgets, load_random
 from polyrank.local.base import Base
 from polyrank.local.measure import device_memory, model_bytes, peak_of, saved_tensors

@@ -40,7 +40,7 @@ class Attachment:
 
     Attributes:
         forward: the model, called with a batch and the dense parameters to use instead of its own.
-        A, B: the low-rank factors by layer (leaves; they need gradients where the factor is trained), or stacks.
+        A, B: the low-rank factors by layer, or stacks of them; they need gradients where the factor is trained.
         scales: of the layers.
         dense: the dense parameters by name, likewise; LoKr's factors are among them.
         fixed: dense parameters that only run.
@@ -61,7 +61,7 @@ class Attachment:
 
     def settle(self) -> Attachment:
         """Has the LoKr layers follow the dense parameters, after these have been set."""
-        self.kron = lokr.grouped({**self.fixed, **self.dense})
+        self.kron = lokr.grouped({**self.fixed, **self.dense}, self.stacked)
         return self
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -69,7 +69,7 @@ class Attachment:
         return self.forward(batch, {name: tensor for name, tensor in own.items() if not lokr.is_part(name)})
 
     def parameters(self) -> list[Tensor]:
-        """What an optimizer updates."""
+        """What is trained."""
         return [t for group in (self.A, self.B, self.dense) for t in group.values() if t.requires_grad]
 
     def tensors(self) -> list[Tensor]:

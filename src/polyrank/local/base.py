@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
-from polyrank.local.adapters import AdapterInfo, adapted
+from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
 from polyrank.local.describe import architecture
 from polyrank.local.targets import resolve_targets
@@ -125,10 +125,23 @@ class Base:
         with hooked(live, self.modules, masks, again):
             yield live
 
+    def block_of(self, name: str) -> int | None:
+        """The index of the transformer block that a module or parameter is in, if any."""
+        return next((index for index, block in enumerate(self.blocks) if name.startswith(f"{block}.")), None)
+
+    def lowest(self, adapter: Adapter) -> int:
+        """The lowest transformer block with a trained tensor of `adapter`; as many as there are where none has one.
+
+        A low-rank layer counts where its rank is not 0, a dense parameter (LoKr's factors are some) where it is inside
+        a block.
+        """
+        trained = [*(name for name, x in adapter.layers.items() if x.rank), *adapter.dense]
+        blocks = [block for name in trained if (block := self.block_of(name)) is not None]
+        return min(blocks, default=len(self.blocks))
+
     def run_again(self, adapters: Iterable[Adapter]) -> list[nn.Module]:
-        """The blocks that keep their inputs only where activations are not kept: from the lowest adapted one."""
-        last = len(self.blocks)
-        lowest = min((self.spec.blocks.get(name, last) for x in adapters for name in adapted(x)), default=0)
+        """The blocks that keep their inputs only where activations are not kept: from the lowest trained one."""
+        lowest = min(map(self.lowest, adapters))
         return [self.modules[name] for name in self.blocks[lowest:]]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

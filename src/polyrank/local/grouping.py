@@ -1,6 +1,6 @@
-"""Who trains together: cohorts of a round's clients that cost least, by a model of what a step costs.
+"""Who trains together: the groups of a round's clients that cost least, by a model of what a training pass costs.
 
-A step costs its input positions, weighted by how deep its backward pass goes and how wide its adapters are, and a fixed
+A pass costs its input positions, weighted by how deep its backward pass goes and how wide its adapters are, and a fixed
 overhead. Together, clients share the overhead; but texts are padded to the longest of all, the backward pass goes down
 to the lowest layer of all, and ranks are padded to the highest. Where the overhead is small beside a client's own
 batch, clients train one by one.
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polyrank.local.adapters import adapted
 from polyrank.local.base import Base
 from polyrank.local.cohort import Job
 from polyrank.local.data import Indices
@@ -21,28 +20,28 @@ from polyrank.local.heads import stackable
 from polyrank.local.lokr import is_part
 
 OVERHEAD = {"cpu": 2.4e8, "cuda": 5e10}
-"""Floating-point operations that a step's fixed cost is worth, per transformer block and CPU thread.
+"""Floating-point operations that a pass's fixed cost is worth, per transformer block and CPU thread.
 
-On a CPU measured: 0.24 GFLOP at one thread, by which small matrices run slower than large ones. On a GPU estimated from
-some 60 kernel launches per block of 5 us each.
+Estimates: on a CPU from how much slower a model of MiniLM's size runs with 32 positions than with 512, on a GPU from
+some 60 kernel launches of 5 us per block. They decide who shares a pass, not what comes out of it.
 """
 
 TOGETHER = {"cpu": 1024, "cuda": 16384}
-"""Most input positions of a step that clients share, where nothing else is said: beyond, nothing is left to gain."""
+"""Most input positions of a pass that clients share, where nothing else is said: beyond, nothing is left to gain."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a client's round asks of a step.
+    """What a client's round asks of a forward and backward pass.
 
     Attributes:
-        steps: how many.
+        passes: how many.
         rows, positions: examples of a batch, and positions of an example (the mean of its batches' longest).
-        depth: the part of a full forward and backward pass that it takes, above 1/2 and at most 1.
+        depth: the part of a full forward and backward pass that it takes, 1/2 to 1.
         width: operations on its adapter over those on the base.
     """
 
-    steps: int
+    passes: int
     rows: int
     positions: float
     depth: float
@@ -70,23 +69,21 @@ def key(job: Job, base: Base, block: int = 0) -> Hashable:
 
 
 def load(job: Job, base: Base, lengths: Indices) -> Load:
-    """What a client's round asks of a step."""
-    blocks, layers = base.spec.blocks, job.task.adapter.layers
+    """What a client's round asks of a forward and backward pass."""
     total = len(base.blocks) or 1
-    lowest = min((blocks.get(name, total) for name in adapted(job.task.adapter)), default=total)
     batches = [batch for step in job.steps for batch in step]
-    elements = sum(x.A.numel() + x.B.numel() for x in layers.values())
+    elements = sum(x.A.numel() + x.B.numel() for x in job.task.adapter.layers.values())
     return Load(
-        steps=len(job.steps),
+        passes=len(batches),
         rows=max(map(len, batches)),
         positions=float(np.mean([lengths[batch].max() for batch in batches])),
-        depth=(2 * total - lowest) / (2 * total),
+        depth=(2 * total - base.lowest(job.task.adapter)) / (2 * total),
         width=1.5 * elements / base.weights,
     )
 
 
 def overhead(base: Base, threads: int) -> float:
-    """A step's fixed cost, in input positions."""
+    """The fixed cost of a forward and backward pass with its part of a step, in input positions."""
     fixed = OVERHEAD["cpu"] * threads if base.device.type == "cpu" else OVERHEAD["cuda"]
     return fixed * len(base.blocks) / (4 * base.weights)
 
@@ -94,12 +91,12 @@ def overhead(base: Base, threads: int) -> float:
 def cost(loads: Sequence[Load], fixed: float) -> float:
     """What training these together costs, in input positions: padded to the longest, deepest and widest of them."""
     per_position = max(x.depth for x in loads) + max(x.width for x in loads)
-    steps = [x.steps for x in loads]
-    return sum(steps) * _longest(loads) * per_position + max(steps) * fixed
+    passes = [x.passes for x in loads]
+    return sum(passes) * _longest(loads) * per_position + max(passes) * fixed
 
 
 def _longest(loads: Sequence[Load]) -> float:
-    """Input positions of each client's part of a step."""
+    """Input positions of each client's part of a pass."""
     return max(x.rows for x in loads) * max(x.positions for x in loads)
 
 
@@ -110,8 +107,8 @@ def cheapest(loads: Sequence[Load], fixed: float, positions: float) -> list[tupl
 
     Args:
         loads: of the clients, sorted so that neighbours are alike.
-        fixed: a step's fixed cost.
-        positions: most input positions of a step of several clients.
+        fixed: a pass's fixed cost.
+        positions: most input positions of a pass of several clients.
     """
     best, cut = [0.0], [0]
     for stop in range(1, len(loads) + 1):
@@ -146,7 +143,7 @@ def grouped(
         jobs: of a round.
         base: the frozen model.
         lengths: input positions of every example.
-        positions: most input positions of a step of several clients; 0: everybody trains alone.
+        positions: most input positions of a pass of several clients; 0: everybody trains alone.
         threads: of the CPU.
         block: that a client's training goes on from, where what is below is kept; 0: from the input.
     """

@@ -102,8 +102,12 @@ def is_scale(name: str) -> bool:
     return name.endswith(f".{_SCALE}")
 
 
-def grouped(dense: Mapping[str, Tensor]) -> dict[str, LoKr]:
+def grouped(dense: Mapping[str, Tensor], stacks: bool = False) -> dict[str, LoKr]:
     """The LoKr layers among dense parameters, by module name.
+
+    Args:
+        dense: the parameters.
+        stacks: whether a layer's factors may be stacks.
 
     Raises:
         ValueError: if a module lacks a factor, or its factors do not fit.
@@ -113,15 +117,15 @@ def grouped(dense: Mapping[str, Tensor]) -> dict[str, LoKr]:
         module, _, factor = name.rpartition(".")
         if factor in _FACTORS:
             parts.setdefault(module, {})[factor] = tensor
-    return {module: _layer(module, own) for module, own in parts.items()}
+    return {module: _layer(module, own, (2, 3) if stacks else (2,)) for module, own in parts.items()}
 
 
-def _layer(module: str, parts: Mapping[str, Tensor]) -> LoKr:
+def _layer(module: str, parts: Mapping[str, Tensor], dimensions: tuple[int, ...]) -> LoKr:
     factors = {name: tensor for name, tensor in parts.items() if name != _SCALE}
     scale = float(parts[_SCALE].detach()) if _SCALE in parts else 1.0
     if set(factors) not in ({"lokr_w1", "lokr_w2"}, {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}):
         raise ValueError(f"layer {module} has {', '.join(sorted(factors)) or 'a scale'} only")
-    if any(tensor.ndim not in (2, 3) for tensor in factors.values()):
+    if any(tensor.ndim not in dimensions for tensor in factors.values()):
         raise ValueError(f"layer {module}: the factors of a linear layer are matrices")
     if "lokr_w2" in factors:
         return LoKr(factors["lokr_w1"], factors["lokr_w2"], scale)

@@ -180,19 +180,8 @@ class Prefixes:
 
 
 def lowest(base: Base, task: Task) -> int:
-    """The lowest transformer block with a trained tensor; the last one where the head alone is trained.
-
-    A low-rank layer counts where its rank is not 0, a dense parameter (LoKr's factors are some) where it is inside a
-    block.
-    """
-    trained = [*(name for name, x in task.adapter.layers.items() if x.rank), *task.adapter.dense]
-    blocks = [block for name in trained if (block := _block_of(base, name)) is not None]
-    return min(blocks, default=len(base.blocks) - 1)
-
-
-def _block_of(base: Base, name: str) -> int | None:
-    """The index of the block that a module or parameter is in, if any."""
-    return next((index for index, block in enumerate(base.blocks) if name.startswith(f"{block}.")), None)
+    """The lowest transformer block with a trained tensor; the last one where the head alone is trained."""
+    return min(base.lowest(task.adapter), len(base.blocks) - 1)
 
 
 def _sees_all(local: LocalTraining, examples: int) -> bool:
@@ -208,7 +197,7 @@ def _fingerprint(base: Base, task: Task, block: int, indices: Indices) -> bytes:
     """
 
     def below(name: str) -> bool:
-        inside = _block_of(base, name)
+        inside = base.block_of(name)
         return inside is None or inside < block
 
     digest = hashlib.blake2b(indices.tobytes())

@@ -72,12 +72,12 @@ def train_together(
             cohort.clip()
             cohort.step(optimizer)
     memory = alone.peak(optimizer) if alone else None
-    return [_update(cohort, at, own, memory) for at, own in enumerate(losses)]
+    return [_update(cohort, client, own, memory) for client, own in enumerate(losses)]
 
 
-def _update(cohort: Cohort, at: int, losses: list[float], memory: float | None) -> Update:
-    job, adapter = cohort.jobs[at], cohort.adapter(at)
-    if losses and not cohort.finite[at]:
+def _update(cohort: Cohort, client: int, losses: list[float], memory: float | None) -> Update:
+    job, adapter = cohort.jobs[client], cohort.adapter(client)
+    if losses and not cohort.finite[client]:
         raise _diverged(job, f"weights are not finite after step {len(losses)}")
     penalty = job.task.penalty
     if penalty is not None and penalty.prune and losses:
@@ -126,10 +126,10 @@ def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Pref
         loss = (each * weights.to(logits.device)).view(len(jobs), -1).sum(1)
         total += loss.detach().cpu()
         loss.sum().backward()
-    penalties = [_penalty(cohort.live, job, at) for at, job in enumerate(jobs) if job.task.penalty is not None]
-    for penalty in penalties:
-        if penalty.requires_grad:
-            penalty.backward()
+    penalised = [c for c, job in enumerate(jobs) if job.task.penalty is not None and job.task.adapter.layers]
+    terms = [_penalty(cohort.live, jobs[client], client) for client in penalised]
+    if terms and (penalty := torch.stack(terms).sum()).requires_grad:
+        penalty.backward()
     return total.tolist()
 
 
@@ -149,14 +149,14 @@ def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[list[Indic
     return [np.concatenate(pair) for pair in zip(parts, fill, strict=True)], weights.view(-1)
 
 
-def _penalty(model: Attachment, job: Job, at: int) -> Tensor:
+def _penalty(model: Attachment, job: Job, client: int) -> Tensor:
     """A client's terms, on its own rows and columns of the stacks."""
     assert job.task.penalty is not None
     tails = []
     for name, sent in job.task.adapter.layers.items():
-        A, B = (model.A[name][at], model.B[name][at]) if model.stacked else (model.A[name], model.B[name])
+        A, B = (model.A[name][client], model.B[name][client]) if model.stacked else (model.A[name], model.B[name])
         tails.append(_tail(A[: sent.rank], B[:, : sent.rank], job.task.penalty))
-    return torch.stack(tails).sum() * job.task.penalty.weight if tails else torch.zeros(())
+    return torch.stack(tails).sum() * job.task.penalty.weight
 
 
 def _tail(A: Tensor, B: Tensor, penalty: TailPenalty) -> Tensor:

@@ -67,6 +67,5 @@ def _corrected(mean: LowRank, exact: Matrix, ridge: float) -> LowRank:
     reached = exact.B.double() @ (exact.A.double() @ A.T) if isinstance(exact, LowRank) else exact.double() @ A.T
     target = reached / mean.scale  # D A^T / s
     damped = gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device)
-    damped = gram + ridge * level * torch.eye(mean.rank, dtype=gram.dtype, device=gram.device)
     step = torch.linalg.solve(damped, (target - B @ gram).T).T
     return LowRank(mean.A, (B + step).to(mean.B.dtype), mean.scale)
