@@ -113,6 +113,7 @@ def same_method(one: Method, other: Method) -> bool:
         ("fleet.0.uplink", "7 Mb/s", ["fleet.0.uplink: '7 Mb/s' is not a quantity such as '7.08 Mbit/s'", "Mbit/s"]),
         ("fleet.0.memory", "2 gibibytes", ["fleet.0.memory: '2 gibibytes' is not a quantity", "GiB"]),
         ("fleet.0.flops", "ten TFLOP/s", ["fleet.0.flops: 'ten TFLOP/s' is not a quantity"]),
+        ("simulation", {"cache": "much"}, ["simulation.cache: 'much' is not a quantity", "nor auto, nor off"]),
         ("fleet.0.memory", "1.2.3 GiB", ["fleet.0.memory: '1.2.3 GiB' is not a quantity"]),
         ("fleet.0.share", 0.4, ["fleet: shares sum to 0.9, not 1"]),
         ("fleet.0.share", "1/0", ["fleet.0.share: '1/0' is not a share"]),

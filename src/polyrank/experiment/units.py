@@ -23,7 +23,8 @@ def _quantity(units: dict[str, int], example: str, *words: str) -> BeforeValidat
             raise ValueError(f"needs a unit, for example {example!r}")
         match = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)\s*", value)
         if not match or match[2] not in units:
-            raise ValueError(f"is not a quantity such as {example!r}; units: {', '.join(units)}")
+            known = "".join(f", nor {word}" for word in words)
+            raise ValueError(f"is not a quantity such as {example!r}{known}; units: {', '.join(units)}")
         number = float(match[1]) * units[match[2]]
         if not (number > 0 and math.isfinite(number)):
             raise ValueError("must be more than 0")
