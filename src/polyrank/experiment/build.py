@@ -5,8 +5,11 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,8 +26,9 @@ from polyrank.data import (
     prepare_text,
 )
 from polyrank.engines.simulator import Simulator
+from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
-from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for
+from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
 from polyrank.experiment.planning import (
     BUILT_IN_MODELS,
     check_stated_ranks,
@@ -50,7 +54,7 @@ class World:
         base: the frozen model.
         spec: what planning knows of it, costs included.
         rank: the server's rank per module.
-        simulator: the clients.
+        simulator: the clients, in this process or in several.
         method: the six answers.
         splits: prepared data.
         start: the first state.
@@ -60,7 +64,7 @@ class World:
     base: Base
     spec: ModelSpec
     rank: int
-    simulator: Simulator
+    simulator: Simulator | Workers
     method: Method
     splits: Mapping[str, Split]
     start: ServerState
@@ -102,7 +106,42 @@ def load_base(experiment: Experiment, dataset: Dataset) -> tuple[Base, dict[str,
 
 
 def build(experiment: Experiment) -> World:
-    """Everything, in an order in which cheap mistakes surface first."""
+    """Everything; where several processes train, they start with the first round."""
+    world, count = build_here(experiment), workers(experiment)
+    if count == 1:
+        return world
+    assert isinstance(world.simulator, Simulator)
+    threads = max((experiment.threads or default_threads()) // count, 1)
+    factory = partial(clients_of_worker, experiment.resolved(), count, threads)
+    return replace(world, simulator=Workers(world.simulator, factory, count, threads))
+
+
+def clients_of_worker(resolved: dict[str, Any], count: int, threads: int, number: int) -> Simulator:
+    """The clients of an experiment as one worker of `count` has them, on a GPU of its own where there are enough.
+
+    Args:
+        resolved: the experiment, as `Experiment.resolved` has it; its classes are made at run time and do not travel.
+        count: how many workers there are.
+        threads: the worker's.
+        number: of the worker, from 0.
+    """
+    experiment = Experiment.model_validate(resolved)
+    device, sharing = pick_device(experiment.device), count
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        device, sharing = f"cuda:{number % gpus}", math.ceil(count / gpus)
+    clients = build_here(experiment.model_copy(update={"device": device, "threads": threads}), sharing).simulator
+    assert isinstance(clients, Simulator)
+    return clients
+
+
+def build_here(experiment: Experiment, sharing: int = 1) -> World:
+    """Everything, in an order in which cheap mistakes surface first.
+
+    Args:
+        experiment: what to build.
+        sharing: how many processes that train share the device's memory.
+    """
     torch.set_num_threads(experiment.threads or default_threads())
     method = experiment.build_method()
     check_stated_ranks(experiment)
@@ -122,10 +161,10 @@ def build(experiment: Experiment) -> World:
         profiles,
         spec=spec,
         absent=experiment.absent,
-        together=positions_for(spec, experiment, rank, base.device),
+        together=positions_for(spec, experiment, rank, base.device, sharing),
         seed=experiment.seed,
         holdout=splits.get("importance"),
-        prefixes=None if cache == "off" else Prefixes(base, splits["train"], cache),
+        prefixes=None if cache == "off" else Prefixes(base, splits["train"], cache / sharing),
     )
     start = first_state(experiment, method, base, rank)
     info = replace(base.info, rank=method.rank)

@@ -142,10 +142,13 @@ class SimulationConfig(Strict):
         together: most input positions of a step that clients share, where sharing is faster
             (`polyrank.local.grouping`); ``off``: each trains alone; ``auto``: 1,024 on a CPU, 16,384 on a GPU. Never
             more than half of the machine's memory has room for.
+        workers: processes that train clients, each with the base on a GPU of its own or on its part of the threads
+            (`polyrank.engines.workers`); 1: this process trains; ``auto``: as many as there are GPUs.
     """
 
     cache: CacheMemory = "auto"
     together: Literal["auto", "off"] | Count = "auto"
+    workers: Literal["auto"] | Count = 1
 
 
 class Expected(Strict):

@@ -27,7 +27,7 @@ def on_this_machine(experiment: Experiment) -> Experiment:
     threads, device = experiment.threads or default_threads(), pick_device(experiment.device)
     precision = precision_on(torch.device(device), experiment.local.precision)
     local = experiment.local.model_copy(update={"precision": precision})
-    chosen = {"cache": cache_memory(experiment), "together": together(experiment)}
+    chosen = {"cache": cache_memory(experiment), "together": together(experiment), "workers": workers(experiment)}
     simulation = experiment.simulation.model_copy(update=chosen)
     decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
     return experiment.model_copy(update=decided)
@@ -55,10 +55,18 @@ def together(experiment: Experiment) -> int | Literal["off"]:
     return TOGETHER[torch.device(pick_device(experiment.device)).type] if wanted == "auto" else wanted
 
 
-def positions_for(spec: ModelSpec, experiment: Experiment, rank: int, device: torch.device) -> int:
+def workers(experiment: Experiment) -> int:
+    """Processes that train clients; 1: this one. ``auto`` is one per GPU that can be seen."""
+    if experiment.simulation.workers != "auto":
+        return experiment.simulation.workers
+    return torch.cuda.device_count() if pick_device(experiment.device) == "cuda" else 1
+
+
+def positions_for(spec: ModelSpec, experiment: Experiment, rank: int, device: torch.device, sharing: int = 1) -> int:
     """Most input positions of a shared step on this machine: their activations take at most half of its memory.
 
-    Of all its memory, and not of what is free: the same machine must make the same run.
+    Of all its memory, and not of what is free: the same machine must make the same run. Processes `sharing` the memory
+    have their part of the half.
     """
     most = together(experiment)
     if most == "off":
@@ -69,7 +77,7 @@ def positions_for(spec: ModelSpec, experiment: Experiment, rank: int, device: to
     except NoFormulaError:
         return most
     assert spec.architecture is not None
-    return min(most, int(device_memory(device).total / 2 / example * max(spec.architecture.tokens, 1)))
+    return min(most, int(device_memory(device).total / 2 / sharing / example * max(spec.architecture.tokens, 1)))
 
 
 def pick_device(device: str) -> str:
