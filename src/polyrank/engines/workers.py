@@ -117,7 +117,7 @@ def work(task: Task, examples: int) -> int:
 def balanced(works: Mapping[Client, int], count: int) -> list[list[Client]]:
     """Clients in `count` shares of about equal work: the largest first, each to whoever has least.
 
-    >>> balanced({"a": 1, "b": 5, "c": 3, "d": 2}, 2)
+    >>> balanced({"a": 1, "b": 6, "c": 3, "d": 2}, 2)
     [['b'], ['a', 'c', 'd']]
 
     References:
