@@ -87,7 +87,7 @@ def simulator(world: Fleet) -> Simulator:
 
 def examples_at_once(world: Fleet) -> int:
     """Examples of one forward pass of `simulator`."""
-    jobs = [prepare(task, client, world.shares[client]) for client, task in tasks_of(world).items()]
+    jobs = [prepare(task, client, world.shares[client], world.data) for client, task in tasks_of(world).items()]
     together, threads = TOGETHER[world.base.device.type], torch.get_num_threads()
     return world.local.batch * max(map(len, grouped(jobs, world.base, world.data.lengths, together, threads)))
 

@@ -61,8 +61,8 @@ def tensors(adapter: Adapter) -> dict[str, Tensor]:
     return {**factors, **adapter.dense}
 
 
-def jobs_of(tasks: dict[str, Task]) -> list[Job]:
-    jobs = [prepare(task, client, SHARES[client]) for client, task in tasks.items()]
+def jobs_of(tasks: dict[str, Task], data: Examples) -> list[Job]:
+    jobs = [prepare(task, client, SHARES[client], data) for client, task in tasks.items()]
     return sorted(jobs, key=lambda job: (-len(job.steps), job.client))
 
 
@@ -88,9 +88,9 @@ def test_everything_unequal_at_once(
 ) -> None:
     base, data = Base(tiny_model(family), "all-linear", name="tiny"), data_of(family, toy_texts)
     tasks = tasks_of(base, random_adapter, replace(LOCAL, dropout=dropout, accumulate=2))
-    together = {update.client: update for update in train_together(base, jobs_of(tasks), data)}
-    assert len({job.task.local.lr for job in jobs_of(tasks)}) > 1
-    assert len({len(job.steps) for job in jobs_of(tasks)}) > 1
+    together = {update.client: update for update in train_together(base, jobs_of(tasks, data), data)}
+    assert len({job.task.local.lr for job in jobs_of(tasks, data)}) > 1
+    assert len({len(job.steps) for job in jobs_of(tasks, data)}) > 1
     for client, task in tasks.items():
         assert_close(together[client], train(base, task, client, data, SHARES[client]), task)
 
@@ -102,7 +102,7 @@ def test_with_checkpointing_and_adamw(
     base, data = Base(tiny_model(family), "attention", name="tiny"), data_of(family, toy_texts)
     local = replace(LOCAL, optimizer="adamw", momentum=0.0, lr=1e-3, checkpointing=True, weight_decay=0.1, dropout=0.2)
     tasks = tasks_of(base, random_adapter, local)
-    for update in train_together(base, jobs_of(tasks), data):
+    for update in train_together(base, jobs_of(tasks, data), data):
         alone = train(base, tasks[update.client], update.client, data, SHARES[update.client])
         for name, tensor in tensors(update.adapter).items():
             torch.testing.assert_close(tensor, tensors(alone.adapter)[name], rtol=0, atol=2e-5, msg=name)
@@ -113,7 +113,7 @@ def test_padding_stays_zero_and_a_frozen_factor_is_the_one_that_was_sent(
 ) -> None:
     base = Base(tiny_model("bert"), "attention", name="tiny")
     tasks = tasks_of(base, random_adapter)
-    for update in train_together(base, jobs_of(tasks), toy_texts):
+    for update in train_together(base, jobs_of(tasks, toy_texts), toy_texts):
         sent = tasks[update.client].adapter.layers
         for name, x in update.adapter.layers.items():
             assert x.rank == sent[name].rank
@@ -128,7 +128,7 @@ def test_a_penalty_prunes_as_alone(tiny_model: Models, toy_texts: TextSplit, ran
     penalty = TailPenalty(weight=0.5, decay=0.6)
     tasks = {c: replace(task, penalty=penalty) for c, task in tasks_of(base, random_adapter).items()}
     pruned = 0
-    for update in train_together(base, jobs_of(tasks), toy_texts):
+    for update in train_together(base, jobs_of(tasks, toy_texts), toy_texts):
         task = tasks[update.client]
         assert_close(update, train(base, task, update.client, toy_texts, SHARES[update.client]), task)
         pruned += sum(x.rank < task.adapter.layers[name].rank for name, x in update.adapter.layers.items())
@@ -142,8 +142,8 @@ def test_lokr_factors_train_together(tiny_model: Models, toy_texts: TextSplit) -
         fixed = lokr.scales(base.spec.modules, 1.5)
         task = Task(0, Adapter({}, {**base.initial_head(), **factors}), Adapter({}, fixed), "AB", LOCAL, None, 0)
         tasks = dict.fromkeys(SHARES, task)
-        assert len({key(job, base) for job in jobs_of(tasks)}) == 1
-        for update in train_together(base, jobs_of(tasks), toy_texts):
+        assert len({key(job, base) for job in jobs_of(tasks, toy_texts)}) == 1
+        for update in train_together(base, jobs_of(tasks, toy_texts), toy_texts):
             assert_close(update, train(base, task, update.client, toy_texts, SHARES[update.client]), task)
 
 
@@ -193,7 +193,7 @@ def test_who_diverges_is_named(tiny_model: Models, toy_texts: TextSplit, random_
     wild = replace(tasks["b"].local, lr=1e30, clip=None)
     tasks["b"] = replace(tasks["b"], local=wild)
     with pytest.raises(TrainingError, match="client 'b'"):
-        train_together(base, jobs_of(tasks), toy_texts)
+        train_together(base, jobs_of(tasks, toy_texts), toy_texts)
 
 
 # --- who trains with whom
@@ -235,16 +235,16 @@ def test_clients_who_cannot_train_together_do_not(
     tasks = tasks_of(base, random_adapter)
     tasks["b"] = replace(tasks["b"], local=replace(tasks["b"].local, batch=5))
     tasks["c"] = replace(tasks["c"], local=replace(tasks["c"].local, optimizer="adamw"))
-    groups = grouped(jobs_of(tasks), base, toy_texts.lengths, 10**6, 1000)
+    groups = grouped(jobs_of(tasks, toy_texts), base, toy_texts.lengths, 10**6, 1000)
     assert sorted(sorted(job.client for job in group) for group in groups) == [["a", "d"], ["b"], ["c"]]
-    assert len(grouped(jobs_of(tasks), base, toy_texts.lengths, 0, 1000)) == 4
+    assert len(grouped(jobs_of(tasks, toy_texts), base, toy_texts.lengths, 0, 1000)) == 4
 
 
 def test_clients_without_data_or_layers(tiny_model: Models, toy_texts: TextSplit, random_adapter: Adapters) -> None:
     base = Base(tiny_model("bert"), "attention", name="tiny")
     tasks = tasks_of(base, random_adapter)
     tasks["a"] = replace(tasks["a"], adapter=Adapter())
-    jobs = [prepare(task, c, SHARES[c] if c != "b" else SHARES[c][:0]) for c, task in tasks.items()]
+    jobs = [prepare(task, c, SHARES[c] if c != "b" else SHARES[c][:0], toy_texts) for c, task in tasks.items()]
     found = {}
     for group in grouped(jobs, base, toy_texts.lengths, 10**6, 1000):
         found |= {update.client: update for update in train_together(base, group, toy_texts)}

@@ -19,8 +19,9 @@ from polyrank.data import TextSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.errors import TrainingError
 from polyrank.local.base import Base
+from polyrank.local.data import shuffled
 from polyrank.local.evaluate import evaluate
-from polyrank.local.trainer import train
+from polyrank.local.trainer import prepare, train
 from polyrank.methods import METHODS
 
 Adapters = Callable[..., Adapter]
@@ -182,6 +183,34 @@ def one_step_by_hand(base: Base, data: TextSplit, adapter: Adapter) -> dict[str,
         F.cross_entropy(model(batch), batch["labels"]).backward()
         found = {f"{name}.{f}": getattr(model, f)[name].grad for name in model.A for f in ("A", "B")}
         return {**found, **{name: tensor.grad for name, tensor in model.dense.items()}}
+
+
+def test_grouping_by_length_pads_less_and_sees_everything_once(
+    base: Base, adapter: Adapter, toy_texts: TextSplit
+) -> None:
+    def positions(local: LocalTraining) -> tuple[list[int], int]:
+        job = prepare(task_of(adapter, local), "a", ALL, toy_texts)
+        batches = [batch for step in job.steps for batch in step]
+        assert len(job.steps) == 2 * 8
+        padded = sum(len(batch) * int(toy_texts.lengths[batch].max()) for batch in batches)
+        return np.concatenate(batches).tolist(), padded
+
+    grouped = replace(PLAIN, batch=2, accumulate=3, epochs=2, group_by_length=True)
+    seen, padded = positions(grouped)
+    plain, usual = positions(replace(grouped, group_by_length=False))
+    assert sorted(seen[:48]) == sorted(seen[48:]) == sorted(plain[:48]) == ALL.tolist()
+    assert 2 * toy_texts.lengths.sum() <= padded < 0.9 * usual
+    assert seen[:48] != seen[48:]
+    by_step = [toy_texts.lengths[seen[at : at + 6]].mean() for at in range(0, 48, 6)]
+    assert by_step not in (sorted(by_step), sorted(by_step, reverse=True))  # not from short to long
+
+
+def test_windows_of_steps_are_grouped_each_by_itself() -> None:
+    indices, lengths = np.arange(600), np.arange(600) % 7 + 1
+    steps = shuffled(indices, lengths, 4, np.random.default_rng(0))
+    assert sorted(np.concatenate(steps)) == indices.tolist()
+    drawn = np.random.default_rng(0).permutation(indices)
+    assert set(np.concatenate(steps[:50])) == set(drawn[:200])
 
 
 def test_sgd_steps_against_the_gradient(base: Base, adapter: Adapter, toy_texts: TextSplit) -> None:

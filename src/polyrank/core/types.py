@@ -119,6 +119,8 @@ class LocalTraining:
         precision: ``auto`` is bf16 where the accelerator has it and fp32 on CPU; ``bf16`` autocasts activations.
             Adapters and optimizer states stay in float32.
         checkpointing: transformer blocks keep their inputs only and are computed again in the backward pass.
+        group_by_length: batches hold examples of similar length, which costs less padding and makes their order a
+            little less random (`polyrank.local.data.shuffled`).
     """
 
     epochs: int = 1
@@ -136,6 +138,7 @@ class LocalTraining:
     dropout: float = 0.0
     precision: Precision = "auto"
     checkpointing: bool = False
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "batch", "accumulate"):

@@ -81,7 +81,7 @@ class Simulator:
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Trains the clients; their updates, in order. Absent clients are skipped."""
         due = [client for client in sorted(tasks) if self._answers(client, tasks[client].round)]
-        jobs = [prepare(tasks[client], client, self.shares[client]) for client in due]
+        jobs = [prepare(tasks[client], client, self.shares[client], self.data) for client in due]
         ready: dict[Client, Update] = {}
         groups = grouped(jobs, self.base, self.data.lengths, self.together, torch.get_num_threads(), self._resumes_at)
         for group in sorted(groups, key=lambda group: min(job.client for job in group)):

@@ -18,7 +18,7 @@ from polyrank.errors import TrainingError
 from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.cohort import Cohort, Job
-from polyrank.local.data import Examples, Indices
+from polyrank.local.data import Examples, Indices, shuffled
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
 from polyrank.local.prefix import Prefix, resumed
@@ -31,15 +31,16 @@ def train(
 
     A client with no examples, or nothing to train, returns what it was sent.
     """
-    return train_together(base, [prepare(task, client, indices)], data, [prefix] if prefix else None)[0]
+    return train_together(base, [prepare(task, client, indices, data)], data, [prefix] if prefix else None)[0]
 
 
-def prepare(task: Task, client: Client, indices: Indices) -> Job:
+def prepare(task: Task, client: Client, indices: Indices, data: Examples) -> Job:
     """A client's round with everything random drawn: its dropout masks, and the order of its data."""
     rng = stream(task.seed, "fit", task.round, client)
     seed = int(rng.integers(2**63 - 1)) if task.local.dropout else 0
     trains = bool(task.adapter.layers or task.adapter.dense)
-    return Job(client, task, list(_steps(indices, task.local, rng)) if trains else [], seed, len(indices))
+    lengths = data.lengths if task.local.group_by_length else None
+    return Job(client, task, list(_steps(indices, lengths, task.local, rng)) if trains else [], seed, len(indices))
 
 
 def train_together(
@@ -93,18 +94,17 @@ def _diverged(job: Job, what: str) -> TrainingError:
     return TrainingError(f"round {job.task.round}, client {job.client!r}: {what}; {advice}")
 
 
-def _steps(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> Iterator[list[Indices]]:
+def _steps(
+    indices: Indices, lengths: Indices | None, local: LocalTraining, rng: np.random.Generator
+) -> Iterator[list[Indices]]:
     """Optimizer steps, each a list of batches; data is reshuffled every epoch."""
     if not len(indices):
         return
-    per_step = local.batch * local.accumulate
     done, epoch = 0, 0
     while local.steps is not None or epoch < local.epochs:
-        order = rng.permutation(indices)
-        for start in range(0, len(order), per_step):
+        for chunk in shuffled(indices, lengths, local.batch * local.accumulate, rng):
             if local.steps is not None and done == local.steps:
                 return
-            chunk = order[start : start + per_step]
             yield [chunk[at : at + local.batch] for at in range(0, len(chunk), local.batch)]
             done += 1
         epoch += 1
