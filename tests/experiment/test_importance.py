@@ -83,7 +83,7 @@ def test_all_that_is_kept_needs_a_number(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"data\.importance: missing; method\.score, fisher, measures on all"):
         share_data(experiment_of(config, score))
     world = build(experiment_of(with_data(config, importance=9), score))
-    assert len(world.simulator.holdout.labels) == 9
+    assert len(world.clients.holdout.labels) == 9
 
 
 @pytest.mark.parametrize("count", [96, 500])

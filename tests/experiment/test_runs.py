@@ -121,7 +121,7 @@ def test_a_run_that_keeps_hidden_states_resumes_to_the_same_bytes(tmp_path: Path
     changes["local"] = {**config["local"], "epochs": 2}
     whole = started(tmp_path / "whole", config, **changes)
     finished(whole)
-    kept = whole.world.simulator.prefixes
+    kept = whole.world.clients.prefixes
     assert kept is not None
     assert kept.nbytes > 0
     next(started(tmp_path / "halves", config, **changes).rounds())

@@ -168,7 +168,7 @@ def test_a_round_of_100_among_100_000(experiment_at: Any, tmp_path: Path) -> Non
         [(record, _)] = session.rounds()
         assert len(record.bytes_up) == len(record.losses) == COHORT
         sizes[clients] = session.run.checkpoint.stat().st_size
-        names = ascending(session.world.simulator.profiles())
+        names = ascending(session.world.clients.profiles())
         assert list(record.ranks) == sample(names, COHORT, 0, experiment.seed)
     assert sizes[CLIENTS] == sizes[COHORT]
 

@@ -49,22 +49,22 @@ def experiment(config: Config) -> Experiment:
 @pytest.fixture(scope="module")
 def world(experiment: Experiment) -> Iterator[World]:
     world = build(experiment)
-    assert isinstance(world.simulator, Workers)
-    with world.simulator:
+    assert isinstance(world.clients, Workers)
+    with world.clients:
         yield world
     assert active_children() == []
 
 
 @pytest.fixture
 def workers(world: World) -> Workers:
-    assert isinstance(world.simulator, Workers)
-    return world.simulator
+    assert isinstance(world.clients, Workers)
+    return world.clients
 
 
 @pytest.fixture(scope="module")
 def tasks(experiment: Experiment, world: World) -> Tasks:
     method, local = world.method, experiment.local_training()
-    budgets = method.estimate(world.simulator.profiles(), world.spec, local)
+    budgets = method.estimate(world.clients.profiles(), world.spec, local)
     return plan(method, world.start, budgets, list(budgets), world.spec, local, experiment.seed)
 
 

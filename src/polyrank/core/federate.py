@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from polyrank.core.exactness import aggregation_error
+from polyrank.core.gate import Gate
 from polyrank.core.ledger import Ledger
 from polyrank.core.lowrank import Adapter, LowRank, combine, precision
 from polyrank.core.method import Method
@@ -26,6 +27,7 @@ from polyrank.core.roster import Listed, ascending
 from polyrank.core.types import (
     Budget,
     Client,
+    ClientProfile,
     Clients,
     LocalTraining,
     ModelSpec,
@@ -170,27 +172,31 @@ def federate(
     device: str | torch.device | None = None,
     seed: int = 0,
     measure: Measurement | None = None,
+    gate: Gate = Gate(),  # noqa: B008 (a value)
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 
-    With `errors`, records say how exact each aggregate is (`aggregation_error`), for which the low-rank layers of the
-    cohort are kept until the round ends, also where the rule streams. `device` is where the rule computes (`absorb`).
+    Who takes part is asked anew in every round; budgets are estimated again when the answer has changed. What does not
+    pass the `gate` is not used. With `errors`, records say how exact each aggregate is (`aggregation_error`), for which
+    the low-rank layers of the cohort are kept until the round ends, also where the rule streams. `device` is where the
+    rule computes (`absorb`).
 
     Raises:
         ValueError: if there are no clients, or the method's scorer needs a `measure` and there is none.
     """
-    profiles = clients.profiles()
-    if not profiles:
-        raise ValueError("there are no clients to federate")
-    budgets, everybody = method.estimate(profiles, spec, local), ascending(profiles)
+    known: Mapping[Client, ClientProfile] | None = None
     while state.round < rounds:
+        if (profiles := clients.profiles()) is not known:
+            if not profiles:
+                raise ValueError("there are no clients to federate")
+            known, budgets, everybody = profiles, method.estimate(profiles, spec, local), ascending(profiles)
         now = local.at(state.round, rounds)
         chosen = [c for c in sample(everybody, cohort, state.round, seed) if budgets[c].total > 0]
         state = scored(method, state, chosen, spec, seed, measure)
         tasks = plan(method, state, budgets, chosen, spec, now, seed)
         ledger = Ledger(state.round, method.factors(state.round), now, tasks, spec)
         kept: list[Update] = []
-        updates = ledger.watch(clients.fit(tasks))
+        updates = ledger.watch(gate.admitted(tasks, clients.fit(tasks), ledger.refuse))
         absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed, device)
         record = ledger.record(aggregation_error(state, absorbed, tasks, kept) if errors else None)
         state = absorbed

@@ -206,7 +206,7 @@ class Update:
         examples: training examples behind the update; 0 gives it no weight among clients that have some.
         factors: the factors that were trained, and so travel.
         metrics: figures of the local training: ``loss`` (mean over the round), ``steps``, ``seconds`` (simulated),
-            ``memory`` (measured peak, bytes).
+            ``memory`` (measured peak, bytes), and the ``bytes_down`` and ``bytes_up`` of real messages.
     """
 
     client: Client
@@ -277,11 +277,12 @@ class RoundRecord:
         factors: which factors were trained.
         lr: the learning rate of the round.
         ranks: client -> layer -> rank, for the cohort.
-        bytes_down: bytes of tensors sent to each client.
-        bytes_up: bytes of tensors each client sent back.
+        bytes_down: bytes sent to each client: of tensors, or of the message where there is a wire.
+        bytes_up: bytes each client sent back, likewise.
         losses: mean local training loss by client.
         examples: examples behind each update.
         dropped: clients that were asked and did not answer.
+        refused: clients whose update was not used, and why (`polyrank.core.gate`).
         seconds: simulated seconds of the round, where the fleet states its links (the slowest client's).
         metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated.
         predicted_memory: bytes that each client should need at its peak, where the cost model knows the model.
@@ -299,6 +300,7 @@ class RoundRecord:
     losses: Mapping[Client, float]
     examples: Mapping[Client, float]
     dropped: tuple[Client, ...] = ()
+    refused: Mapping[Client, str] = field(default_factory=dict)
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     predicted_memory: Mapping[Client, float] = field(default_factory=dict)
@@ -310,7 +312,7 @@ class Clients(Protocol):
     """Anything that can train a cohort: the simulator, a deployment, or a fake in tests."""
 
     def profiles(self) -> Mapping[Client, ClientProfile]:
-        """What every client reports of itself."""
+        """What every client reports of itself; the same object for as long as nothing has changed."""
         ...
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterable[Update]:

@@ -17,7 +17,7 @@ from polyrank.local.base import Base
 from polyrank.local.cohort import Job
 from polyrank.local.data import Examples, Indices
 from polyrank.local.grouping import grouped
-from polyrank.local.importance import importance
+from polyrank.local.importance import measured
 from polyrank.local.prefix import Prefixes
 from polyrank.local.trainer import prepare, train_together
 
@@ -126,24 +126,16 @@ class Simulator:
         if query.on == "holdout":
             if self.holdout is None:
                 raise ValueError("there is no hold-out to measure importance on: see data.importance")
-            return self._measured(query, state, self.holdout, np.arange(len(self.holdout.labels)))
+            return measured(self.base, query, state, self.holdout, np.arange(len(self.holdout.labels)))
         total: dict[str, float] = {}
         weight = 0
         for client in sorted(query.cohort):
             own = self.shares[client]
             if len(own) and self._answers(client, query.round):
-                found = self._measured(query, state, self.data, own, client)
+                found = measured(self.base, query, state, self.data, own, client)
                 total = {name: total.get(name, 0.0) + len(own) * score for name, score in found.items()}
                 weight += len(own)
         return {name: score / weight for name, score in total.items()}
-
-    def _measured(
-        self, query: Query, state: ServerState, data: Examples, indices: Indices, *who: Client
-    ) -> dict[str, float]:
-        rng = stream(query.seed, "importance", query.round, *who)
-        if query.samples is not None and query.samples < len(indices):
-            indices = rng.choice(indices, query.samples, replace=False)
-        return importance(self.base, state, data, indices, query, rng)
 
     def _answers(self, client: Client, round_: int) -> bool:
         return not self.absent or bool(stream(self.seed, "absent", round_, client).random() >= self.absent)

@@ -34,8 +34,8 @@ def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
         local = experiment.local_training()
         own_budget = replace(fedit(), estimate=world.method.estimate)
         alone = {
-            client: _train(experiment, world, world.simulator.only([client]), local, own_budget)
-            for client in world.simulator.profiles()
+            client: _train(experiment, world, world.clients.only([client]), local, own_budget)
+            for client in world.clients.profiles()
         }
         best = max(alone, key=lambda client: alone[client]["accuracy"])
         mean = float(np.mean([metrics["accuracy"] for metrics in alone.values()]))
@@ -45,7 +45,7 @@ def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
 
 def pooled(experiment: Experiment, world: World) -> Simulator:
     """A world with one client that holds everybody's examples, at the server's rank."""
-    everything = np.sort(np.concatenate(list(world.simulator.shares.values())))
+    everything = np.sort(np.concatenate(list(world.clients.shares.values())))
     profile = ClientProfile(len(everything), rank=world.rank)
     return Simulator(
         world.base,
@@ -69,7 +69,7 @@ def _train(
 def _same_steps(experiment: Experiment, world: World, examples: int) -> LocalTraining:
     """Local settings under which the pooled run takes the steps that an average cohort takes together."""
     local = experiment.local_training()
-    clients = len(world.simulator.profiles())
+    clients = len(world.clients.profiles())
     share = min(experiment.cohort or clients, clients) / clients
     if local.steps is not None:
         return replace(local, steps=max(1, round(local.steps * share * clients)))

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, create_model, model_validator
 
 from polyrank.core.architecture import Quantization
+from polyrank.core.gate import Gate
 from polyrank.core.method import Method
 from polyrank.core.types import LocalTraining
+from polyrank.engines.exchange import Terms
 from polyrank.errors import InputError
 from polyrank.experiment.components import (
     Strict,
@@ -86,24 +88,32 @@ class DataCommon(Strict):
     importance: Count | None = None
 
 
-class Group(Strict):
-    """A device group of the fleet; clients are numbered group by group.
+class Resources(Strict):
+    """What a client can afford; what is left out is unknown, and no limit.
 
     Attributes:
-        name: for tables and figures.
-        share: its share of the clients; the last group takes what rounding leaves.
-        rank: the rank its clients state.
+        rank: the rank that it states.
         memory: of the accelerator, or ``detect`` for what is free on this machine.
-        uplink, downlink, flops: what its clients report.
+        uplink, downlink, flops: what it reports.
     """
 
-    name: str = ""
-    share: Share = 1.0
     rank: Count | None = None
     memory: FreeMemory | None = None
     uplink: Speed | None = None
     downlink: Speed | None = None
     flops: Flops | None = None
+
+
+class Group(Resources):
+    """A device group of the fleet, and what each of its clients can afford; clients are numbered group by group.
+
+    Attributes:
+        name: for tables and figures.
+        share: its share of the clients; the last group takes what rounding leaves.
+    """
+
+    name: str = ""
+    share: Share = 1.0
 
 
 class CostsConfig(Strict):
@@ -194,6 +204,11 @@ DataConfig = union_of(entry_model(name, function, base=DataCommon) for name, fun
 LocalConfig: Any = create_model(
     "LocalConfig", __base__=Strict, __doc__=LocalTraining.__doc__, **parameters(LocalTraining, keyword_only=False)
 )
+DeploymentConfig: Any = create_model(
+    "DeploymentConfig", __base__=Strict, __doc__=Terms.__doc__, **parameters(Terms, keyword_only=False)
+)
+_GATE = parameters(Gate, keyword_only=False) | {"reach": (bool, True)}
+TrustConfig: Any = create_model("TrustConfig", __base__=Strict, __doc__=Gate.__doc__, **_GATE)
 
 
 class Experiment(Strict):
@@ -206,7 +221,7 @@ class Experiment(Strict):
         absent: probability that a client asked in a round does not answer.
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
-        model, data, fleet, method, local, costs, evaluate, simulation: see there.
+        model, data, fleet, method, local, costs, evaluate, simulation, deployment, trust: see there.
         baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
             many rounds and evaluated alike.
         expected: the figure to reach, checked by tests.
@@ -226,6 +241,8 @@ class Experiment(Strict):
     costs: CostsConfig = CostsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     simulation: SimulationConfig = SimulationConfig()
+    deployment: DeploymentConfig = Field(default_factory=dict, validate_default=True)
+    trust: TrustConfig = Field(default_factory=dict, validate_default=True)
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
     expected: Expected | None = None
 
@@ -235,11 +252,16 @@ class Experiment(Strict):
         if abs(total - 1) > 1e-6:
             raise ValueError(f"fleet: shares sum to {total:g}, not 1")
         self.local_training()
+        self.gate()
         return self
 
     def local_training(self) -> LocalTraining:
         """The settings of a client's round."""
         return LocalTraining(**self.local.model_dump())
+
+    def gate(self) -> Gate:
+        """What an update must satisfy."""
+        return Gate(**self.trust.model_dump())
 
     def build_method(self) -> Method:
         """The composition, with the slots that the file overrides."""

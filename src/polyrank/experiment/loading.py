@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from polyrank.core.method import Method
 from polyrank.experiment.components import Strict, did_you_mean
 from polyrank.experiment.config import ConfigError, Experiment
+
+Section = TypeVar("Section", bound=Strict)
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,12 +90,36 @@ def _laid_over(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def parse(raw: dict[str, Any], where: str, folder: Path) -> Experiment:
     """Validates a mapping; relative paths in it are seen from `folder`."""
+    return _absolute(validated(Experiment, raw, where), folder)
+
+
+def validated(section: type[Section], raw: Any, where: str) -> Section:
+    """A section of this kind from plain values.
+
+    Raises:
+        ConfigError: naming where it is from, the key, the value and what would be valid.
+    """
     try:
-        experiment = Experiment.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
         lines = [f"{where}: {_explain(raw, dict(item))}" for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    return _absolute(experiment, folder)
+
+
+def anchored(section: Section, folder: Path) -> Section:
+    """The section with its paths as seen from `folder`."""
+    paths = {
+        key: Path(folder / value.expanduser()).resolve()
+        for key in type(section).model_fields
+        if isinstance(value := getattr(section, key), Path)
+    }
+    return section.model_copy(update=paths)
+
+
+def located(name: str, folder: Path) -> str:
+    """A model's name; if it is that of a folder as seen from `folder`, the folder."""
+    path = folder / Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() or name.startswith((".", "~")) else name
 
 
 def method_with(name: str, overrides: list[str]) -> Method:
@@ -161,18 +187,6 @@ def _explain(raw: dict[str, Any], error: dict[str, Any]) -> str:
 
 def _absolute(experiment: Experiment, folder: Path) -> Experiment:
     """Paths as seen from the file's folder, so that the resolved experiment runs from anywhere."""
-
-    def fix(section: Strict) -> Strict:
-        paths = {
-            key: Path(folder / value.expanduser()).resolve()
-            for key in type(section).model_fields
-            if isinstance(value := getattr(section, key), Path)
-        }
-        return section.model_copy(update=paths)
-
-    name = experiment.model.name
-    if (folder / Path(name).expanduser()).is_dir() or name.startswith((".", "~")):
-        name = str((folder / Path(name).expanduser()).resolve())
-    model = fix(experiment.model).model_copy(update={"name": name})
-    update = {"model": model, "data": fix(experiment.data), "costs": fix(experiment.costs)}
+    model = anchored(experiment.model, folder).model_copy(update={"name": located(experiment.model.name, folder)})
+    update = {"model": model, "data": anchored(experiment.data, folder), "costs": anchored(experiment.costs, folder)}
     return experiment.model_copy(update=update)

@@ -13,7 +13,7 @@ from polyrank.core.method import Method
 from polyrank.core.types import Budget, ClientProfile
 from polyrank.data import outline
 from polyrank.experiment.components import Strict, parameters
-from polyrank.experiment.config import ConfigError, Experiment, Group
+from polyrank.experiment.config import ConfigError, Experiment, Resources
 from polyrank.experiment.tables import DATASETS
 from polyrank.local import hf
 from polyrank.local.base import Base
@@ -88,12 +88,10 @@ def calibration(experiment: Experiment) -> Calibration:
     return found if overhead is None else replace(found, overhead=overhead)
 
 
-def profile_of(group: Group, examples: int = 1) -> ClientProfile:
-    """What a client of the group reports."""
-    memory = group.memory
-    return ClientProfile(
-        examples, group.rank, free_memory() if memory == "detect" else memory, group.uplink, group.downlink, group.flops
-    )
+def profile_of(has: Resources, examples: int = 1) -> ClientProfile:
+    """What a client with these resources reports."""
+    memory = free_memory() if has.memory == "detect" else has.memory
+    return ClientProfile(examples, has.rank, memory, has.uplink, has.downlink, has.flops)
 
 
 def free_memory() -> float:

@@ -18,6 +18,7 @@ from polyrank.core.lowrank import Adapter, combine, trim, truncate
 from polyrank.core.rng import stream
 from polyrank.core.types import RoundRecord, ServerState
 from polyrank.data.source import stratified
+from polyrank.engines.exchange import Remote
 from polyrank.experiment.baselines import run_baselines
 from polyrank.experiment.build import World, build
 from polyrank.experiment.config import Experiment
@@ -47,15 +48,16 @@ class Session:
         steps = federate(
             world.method,
             self.state,
-            world.simulator,
+            world.clients,
             world.spec,
             e.local_training(),
             rounds=e.rounds,
-            cohort=e.cohort,
+            cohort=world.clients.terms.asked(e.cohort) if isinstance(world.clients, Remote) else e.cohort,
             errors=e.evaluate.aggregation,
             device=e.device if e.device.startswith("cuda") else None,  # others have no float64, or are the CPU
             seed=e.seed,
-            measure=world.simulator.measure,
+            measure=world.clients.measure,
+            gate=e.gate(),
         )
         started = time.monotonic()
         for state, record in steps:
@@ -65,6 +67,8 @@ class Session:
                 if self._improves(record):
                     write_adapter(self.run.best, exported(state), world.info)
             seconds = time.monotonic() - started
+            if isinstance(world.clients, Remote):
+                world.clients.settle(record)
             self.run.append(record, seconds)
             self.run.save(state)
             self.state = state

@@ -6,6 +6,7 @@ client's own ranks; trained dense parameters (the head) are passed to each call 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,18 @@ class Base:
         self.weights = sum(d_out * d_in for d_out, d_in in shapes.values())
         self.image_size: int | None = None
         self.extra: dict[str, Any] = {}
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of the frozen weights' names, shapes, types and first and last values: the same base, or another.
+
+        The head is left out, as a server sends it. Not all values are read, so that a large model costs no more.
+        """
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.model.named_parameters()):
+            if name not in self.head:
+                ends = torch.cat([tensor.flatten()[:16], tensor.flatten()[-16:]]).float().cpu()
+                found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{ends.tolist()}".encode())
+        return found.hexdigest()
 
     def interpolates(self, image_size: int | None) -> None:
         """Has position embeddings interpolated where images are not of the model's own size."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter
-from polyrank.core.types import Query, ServerState
+from polyrank.core.rng import stream
+from polyrank.core.types import Client, Query, ServerState
 from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.data import Examples, Indices, by_length
@@ -27,6 +28,25 @@ ELEMENTS = 2**26
 
 Sums = dict[str, list[Tensor]]
 Uniforms = Mapping[int, float]
+
+
+def measured(
+    base: Base, query: Query, state: ServerState, data: Examples, indices: Indices, *who: Client
+) -> dict[str, float]:
+    """The importance that a query asks for, on as many of the examples at `indices` as it says.
+
+    Args:
+        base: the frozen model.
+        query: what to measure, with the round and the seed of its draws.
+        state: the server's model.
+        data: prepared examples with their labels.
+        indices: those that whoever measures holds.
+        who: the client, unless it is the server.
+    """
+    rng = stream(query.seed, "importance", query.round, *who)
+    if query.samples is not None and query.samples < len(indices):
+        indices = rng.choice(indices, query.samples, replace=False)
+    return importance(base, state, data, indices, query, rng)
 
 
 def importance(

@@ -92,7 +92,7 @@ class Progress:
 
 def headline(session: Session) -> str:
     """What is about to run, and where."""
-    e, clients = session.experiment, session.world.simulator.profiles()
+    e, clients = session.experiment, session.world.clients.profiles()
     modules = len(session.world.base.spec.modules)
     return (
         f"{e.method.name} on {e.data.name}: {len(clients)} clients, {modules} adapted modules, "

@@ -1,0 +1,1 @@
+"""Deployments: a server and clients on machines of their own."""

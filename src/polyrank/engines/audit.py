@@ -1,0 +1,48 @@
+"""An append-only file of what arrived from whom, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+Event = Literal["joined", "received", "accepted", "refused", "late", "failed", "unanswered"]
+
+
+class Audit:
+    """One JSON object a line: ``time`` (UTC), ``event``, ``round``, ``client``, and what there is to say.
+
+    ``received``, ``refused`` and ``accepted`` have the message's SHA-256 and its bytes; ``refused`` and ``failed`` have
+    the ``reason``. A line is on disk before anything that follows from it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def note(self, event: Event, round_: int, client: str, **more: Any) -> None:
+        """Appends a line."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"time": now, "event": event, "round": round_, "client": client, **more}
+        with open(self.path, "ab") as file:
+            if file.tell() and not self._ends_whole():
+                file.write(b"\n")  # after a line that a crash cut short
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """All whole lines."""
+        if self.path.is_file():
+            for line in self.path.read_bytes().splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue  # cut short by a crash
+
+    def _ends_whole(self) -> bool:
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"

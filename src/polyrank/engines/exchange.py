@@ -1,0 +1,313 @@
+"""Clients on other machines, over any transport that carries bytes.
+
+A round's tasks are sent and its answers collected until enough have come or the time is up. Every answer is compared
+with the task it answers before anything is made of it (`polyrank.engines.wire`), and what becomes of it is noted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+from polyrank.core.types import Client, ClientProfile, Query, RoundRecord, ServerState, Task, Update
+from polyrank.engines.audit import Audit
+from polyrank.engines.encodings import Encoding
+from polyrank.engines.letters import ask_profile, ask_scores, decode_profile, decode_scores
+from polyrank.engines.wire import Sent, WireError, decode_update, digest, encode_task
+
+Kind = Literal["profile", "fit", "measure"]
+
+
+class TooFewError(RuntimeError):
+    """Not enough clients are there, or have answered; the run can be resumed."""
+
+
+class Reply(NamedTuple):
+    """What came for a message: bytes, or why there are none."""
+
+    message: str
+    blob: bytes | None
+    error: str = ""
+
+
+class Post(Protocol):
+    """A transport."""
+
+    def sites(self) -> Mapping[Client, int]:
+        """Who is connected now: client -> address. A client that comes back may have another address."""
+        ...
+
+    def send(self, kind: Kind, letters: Mapping[Client, bytes], seconds: float) -> dict[str, Client]:
+        """Sends to clients that are connected; message -> client. It and its answer expire after `seconds`."""
+        ...
+
+    def receive(self, messages: Collection[str]) -> Sequence[Reply]:
+        """What has come for these messages since the last time; does not wait."""
+        ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How long and for how many a server waits.
+
+    Attributes:
+        clients: as many must be connected before a round begins.
+        wait: seconds to wait for them.
+        deadline: seconds that a round's clients have to answer.
+        quorum: share of a cohort that must have answered by then, or the run stops. When that many have and nobody
+            else is at work, a round does not wait for those who are away.
+        attempts: how often a client that fails is asked in a round.
+        oversample: share of a cohort that is asked on top; the round ends when as many as the cohort have answered.
+        down: encoding of tasks.
+        up: encoding of updates.
+        poll: seconds between looks for answers.
+    """
+
+    clients: int = 1
+    wait: float = 600.0
+    deadline: float = 3600.0
+    quorum: float = 1.0
+    attempts: int = 3
+    oversample: float = 0.0
+    down: Encoding = "float32"
+    up: Encoding = "float32"
+    poll: float = 0.5
+
+    def asked(self, cohort: int | None) -> int | None:
+        """How many clients a round asks."""
+        return None if cohort is None else math.ceil(cohort * (1 + self.oversample))
+
+    def needed(self, asked: int) -> int:
+        """How many answers end a round early."""
+        return math.ceil(asked / (1 + self.oversample) - 1e-9)
+
+    def enough(self, needed: int) -> int:
+        """How many of these answers a round can do with."""
+        return max(1, math.ceil(self.quorum * needed - 1e-9))
+
+
+@dataclass
+class _Round:
+    """A round in flight.
+
+    Attributes:
+        number: the round.
+        sent: what everybody is asked.
+        updates: accepted so far.
+        seen: hash and bytes of the messages they came in.
+        out: clients whose answer was refused; they are not asked again.
+        tries: how often each has been asked.
+        waiting: messages without an answer.
+    """
+
+    number: int
+    sent: dict[Client, Sent]
+    updates: dict[Client, Update] = field(default_factory=dict)
+    seen: dict[Client, tuple[str, int]] = field(default_factory=dict)
+    out: set[Client] = field(default_factory=set)
+    tries: Counter[Client] = field(default_factory=Counter)
+    waiting: dict[str, Client] = field(default_factory=dict)
+
+    def idle(self, attempts: int) -> list[Client]:
+        """Who can be asked: those who owe an update, are not at it, and have not failed too often."""
+        busy = {*self.updates, *self.waiting.values(), *self.out}
+        return [client for client in self.sent if client not in busy and self.tries[client] < attempts]
+
+
+class Remote:
+    """The `Clients` of a deployment.
+
+    Args:
+        post: carries messages.
+        model: what a client must know to load the model; goes with every message.
+        base: fingerprint of the server's base model; a client with another one is refused.
+        terms: how long and for how many to wait.
+        audit: where everything that arrives is noted.
+        measure: computes importance on what the server holds.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        model: Mapping[str, Any],
+        base: str,
+        terms: Terms,
+        audit: Audit,
+        measure: Callable[[Query, ServerState], Mapping[str, float]],
+    ) -> None:
+        self.post, self.model, self.base, self.terms, self.audit = post, model, base, terms, audit
+        self._measure_here = measure
+        self._met: dict[Client, tuple[int, ClientProfile]] = {}
+        self._profiles: Mapping[Client, ClientProfile] = {}
+        self._overdue: dict[str, tuple[int, Client, float]] = {}
+        self._received: dict[Client, tuple[str, int]] = {}
+
+    def profiles(self) -> Mapping[Client, ClientProfile]:
+        """Those of the clients that are connected now; who has come since the last time is asked first.
+
+        Raises:
+            TooFewError: if fewer than `Terms.clients` come in time.
+        """
+        ends = time.monotonic() + self.terms.wait
+        while True:
+            found = self._connected()
+            if len(found) >= self.terms.clients:
+                break
+            if time.monotonic() > ends:
+                there = ", ".join(sorted(found)) or "none"
+                raise TooFewError(f"{self.terms.clients} clients are needed, and these are connected: {there}")
+            time.sleep(self.terms.poll)
+        if found != self._profiles:
+            self._profiles = found
+        return self._profiles
+
+    def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
+        """Has the clients train; accepted updates, in order of client.
+
+        Raises:
+            TooFewError: if fewer than the quorum have answered in time.
+        """
+        if not tasks:
+            return
+        terms, round_ = self.terms, next(iter(tasks.values())).round
+        sent = {c: encode_task(task, c, terms.down, terms.up, model=self.model) for c, task in tasks.items()}
+        flight, needed = _Round(round_, sent), terms.needed(len(tasks))
+        self._collect(flight, needed, terms.enough(needed))
+        if len(flight.updates) < terms.enough(needed):
+            raise TooFewError(
+                f"round {round_}: {len(flight.updates)} of {needed} clients have answered within {terms.deadline:g} s, "
+                f"and {terms.enough(needed)} must; {self.audit.path} says what became of the others"
+            )
+        self._received = flight.seen
+        for client in sorted(flight.updates):
+            yield flight.updates[client]
+
+    def measure(self, query: Query, state: ServerState) -> Mapping[str, float]:
+        """The importance that `query` asks for: on what the server holds, or by the clients of the round.
+
+            s = sum_k n_k s_k / sum_k n_k    over the clients that answer and have data
+
+        A client runs the server's whole adapter for it.
+        """
+        if query.on == "holdout":
+            return self._measure_here(query, state)
+        asked = {client: ask_scores(query, state, client, self.model) for client in sorted(query.cohort)}
+        waiting = self.post.send("measure", asked, self.terms.deadline)
+        answers: dict[Client, tuple[dict[str, float], int]] = {}
+        for client, blob in self._answers(waiting, state.round):
+            try:
+                answers[client] = decode_scores(blob, asked[client], state.adapter, client)
+            except WireError as error:
+                self._refuse(state.round, client, blob, str(error))
+        total: dict[str, float] = {}
+        weight = 0
+        for client in sorted(answers):
+            scores, examples = answers[client]
+            if examples:
+                total = {name: total.get(name, 0.0) + examples * score for name, score in scores.items()}
+                weight += examples
+        return {name: score / weight for name, score in total.items()}
+
+    def settle(self, record: RoundRecord) -> None:
+        """Notes which of a round's updates were used."""
+        for client, (hash_, nbytes) in sorted(self._received.items()):
+            if client in record.refused:
+                reason = record.refused[client]
+                self.audit.note("refused", record.round, client, hash=hash_, bytes=nbytes, reason=reason)
+            elif client in record.bytes_up:
+                self.audit.note("accepted", record.round, client, hash=hash_, bytes=nbytes)
+        self._received = {}
+
+    def _connected(self) -> dict[Client, ClientProfile]:
+        there = self.post.sites()
+        fresh = [client for client, address in sorted(there.items()) if self._met.get(client, (None,))[0] != address]
+        if fresh:
+            asked = ask_profile(self.model)
+            waiting = self.post.send("profile", dict.fromkeys(fresh, asked), self.terms.wait)
+            for client, blob in self._answers(waiting, -1):
+                try:
+                    profile = decode_profile(blob, asked, self.base)
+                except WireError as error:
+                    self._refuse(-1, client, blob, str(error))
+                else:
+                    self._met[client] = (there[client], profile)
+                    self.audit.note("joined", -1, client, examples=profile.examples)
+        return {c: self._met[c][1] for c in sorted(there) if self._met.get(c, (None,))[0] == there[c]}
+
+    def _answers(self, waiting: dict[str, Client], round_: int) -> Iterator[tuple[Client, bytes]]:
+        """Answers to messages that all clients are waited for, at most for a deadline."""
+        ends = time.monotonic() + self.terms.deadline
+        while waiting and time.monotonic() < ends:
+            for reply in self.post.receive(waiting.keys()):
+                client = waiting.pop(reply.message, None)
+                if client is None:
+                    continue
+                if reply.blob is None:
+                    self.audit.note("failed", round_, client, reason=reply.error[:500])
+                else:
+                    yield client, reply.blob
+            if waiting:
+                time.sleep(self.terms.poll)
+        for client in waiting.values():
+            self.audit.note("unanswered", round_, client)
+
+    def _collect(self, flight: _Round, needed: int, enough: int) -> None:
+        """Asks, and asks again those who failed, until enough have answered or the time is up."""
+        ends = time.monotonic() + self.terms.deadline
+        self._overdue = {message: late for message, late in self._overdue.items() if late[2] > time.monotonic()}
+        while len(flight.updates) < needed and time.monotonic() < ends:
+            idle = flight.idle(self.terms.attempts)
+            if not flight.waiting and (len(flight.updates) >= enough or not idle):
+                break
+            if idle:
+                self._ask(flight, idle, ends)
+            for reply in self.post.receive([*flight.waiting, *self._overdue]):
+                self._take(flight, reply)
+            if len(flight.updates) < needed:
+                time.sleep(self.terms.poll)
+        for message, client in flight.waiting.items():
+            self.audit.note("unanswered", flight.number, client)
+            self._overdue[message] = (flight.number, client, ends + self.terms.deadline)
+
+    def _ask(self, flight: _Round, idle: Sequence[Client], ends: float) -> None:
+        there = self.post.sites()
+        letters = {client: flight.sent[client].blob for client in idle if client in there}
+        if letters:
+            asked = self.post.send("fit", letters, max(ends - time.monotonic(), 1.0))
+            flight.waiting |= asked
+            flight.tries.update(asked.values())
+
+    def _take(self, flight: _Round, reply: Reply) -> None:
+        """One reply: an update of this round, one that comes too late, or neither."""
+        if reply.message in self._overdue:
+            then, client, _ = self._overdue.pop(reply.message)
+            self.audit.note("late", then, client, reason=reply.error[:500] or "the round is closed")
+            return
+        client = flight.waiting.pop(reply.message, "")
+        if not client:
+            self.audit.note("refused", flight.number, "", reason="answers a message that nobody waits for")
+        elif reply.blob is None:
+            self.audit.note("failed", flight.number, client, reason=reply.error[:500])
+        else:
+            self._accept(flight, client, reply.blob)
+
+    def _accept(self, flight: _Round, client: Client, blob: bytes) -> None:
+        sent = flight.sent[client]
+        try:
+            update, lost = decode_update(blob, sent, client)
+        except WireError as error:
+            flight.out.add(client)
+            self._refuse(flight.number, client, blob, str(error))
+            return
+        hash_, nbytes = digest(blob), len(blob)
+        self.audit.note("received", flight.number, client, hash=hash_, bytes=nbytes, **({"lost": lost} if lost else {}))
+        carried = {"bytes_down": float(len(sent.blob)), "bytes_up": float(nbytes)}
+        flight.updates[client] = replace(update, metrics={**update.metrics, **carried})
+        flight.seen[client] = (hash_, nbytes)
+
+    def _refuse(self, round_: int, client: Client, blob: bytes, reason: str) -> None:
+        self.audit.note("refused", round_, client, hash=digest(blob), bytes=len(blob), reason=reason)

@@ -1,0 +1,312 @@
+"""Messages between a server and its clients: one frame of bytes each, checked before anything is made of it.
+
+    "PRNK"  version (1 byte)  length of the header (4 bytes)  header: deflated JSON  tensors: safetensors
+
+The header of a task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels
+without a list: what it must hold follows from the task it answers, to the byte, so it is compared with that first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
+from torch import Tensor
+
+from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
+from polyrank.engines.encodings import CODECS, Encoding, relative_error
+
+_FRAME = struct.Struct(">4sBI")
+_MAGIC, _VERSION = b"PRNK", 1
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
+_PREFIX = 4096
+"""Most bytes that safetensors' own header takes here: it names two tensors at most."""
+
+SMALL = 1 << 20
+"""Most bytes of a header, unpacked, that does not list a model's layers."""
+LISTING = 1 << 28
+"""Most bytes of one that does."""
+
+_METRICS = {"loss", "steps", "seconds", "memory", "epsilon"}
+
+
+class WireError(ValueError):
+    """A message that is not what it must be; says what is wrong with it."""
+
+
+class Sent(NamedTuple):
+    """A task as it travels.
+
+    Attributes:
+        blob: the message.
+        task: what the client reads in it: the task itself, but for the rounding of a lossy encoding.
+        reply: the encoding that the answer must have.
+    """
+
+    blob: bytes
+    task: Task
+    reply: Encoding
+
+    @property
+    def digest(self) -> str:
+        """By which an update names the task it answers."""
+        return digest(self.blob)
+
+
+def digest(blob: bytes) -> str:
+    """The SHA-256 of a message."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def frame(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
+    """One message from a header and flat tensors."""
+    packed = zlib.compress(json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), 9)
+    return _FRAME.pack(_MAGIC, _VERSION, len(packed)) + packed + (save(dict(tensors)) if tensors else b"")
+
+
+def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], bytes]:
+    """A message's header, of at most `most` bytes when unpacked, and the bytes of its tensors.
+
+    Raises:
+        WireError: if it is no such message.
+    """
+    if len(blob) < _FRAME.size:
+        raise WireError(f"a message of {len(blob)} bytes is none")
+    magic, version, length = _FRAME.unpack_from(blob)
+    if magic != _MAGIC or version != _VERSION:
+        raise WireError(f"begins with {magic!r}, version {version}, not with {_MAGIC!r}, version {_VERSION}")
+    start = _FRAME.size + length
+    if start > len(blob):
+        raise WireError(f"its header should have {length} bytes, and the message has {len(blob)}")
+    try:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(blob[_FRAME.size : start], most + 1)
+        if len(text) > most or not unpacker.eof or unpacker.unused_data:
+            raise WireError(f"its header is longer than {most} bytes, or cut short")
+        header = json.loads(text, parse_constant=_no_constant)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise WireError(f"its header cannot be read: {error}") from None
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise WireError(f"is no {kind}")
+    return header, blob[start:]
+
+
+def encode_task(
+    task: Task, client: Client, encoding: Encoding = "float32", reply: Encoding = "float32", **more: Any
+) -> Sent:
+    """The task of one client as it travels; `more` goes into its header."""
+    tensors = [*_values(task.adapter, "AB"), *_values(task.frozen, "AB")]
+    header = {
+        "kind": "task",
+        "round": task.round,
+        "client": client,
+        "adapter": _listing(task.adapter),
+        "frozen": _listing(task.frozen),
+        "factors": task.factors,
+        "local": asdict(task.local),
+        "penalty": None if task.penalty is None else asdict(task.penalty),
+        "seed": task.seed,
+        "encoding": encoding,
+        "reply": reply,
+        **more,
+    }
+    blob = frame(header, CODECS[encoding].pack(tensors))
+    return Sent(blob, task if CODECS[encoding].exact else decode_task(blob)[0], reply)
+
+
+def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
+    """The task that a client was sent, and the header it came with.
+
+    Raises:
+        WireError: if the message is not a task.
+    """
+    header, body = opened(blob, "task", LISTING)
+    try:
+        parts = [header["adapter"], header["frozen"]]
+        sizes = [size for part in parts for size in _sizes(part)]
+        found = iter(_read(body, header["encoding"], sizes))
+        adapter, frozen = (_filled(part, found) for part in parts)
+        penalty = None if header["penalty"] is None else TailPenalty(**header["penalty"])
+        local = LocalTraining(**header["local"])
+        if header["factors"] not in ("A", "B", "AB") or header["reply"] not in CODECS:
+            raise WireError(f"factors {header['factors']!r}, reply {header['reply']!r}")
+        task = Task(int(header["round"]), adapter, frozen, header["factors"], local, penalty, int(header["seed"]))
+        return task, header
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"not a task: {error}") from None
+
+
+def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "float32") -> bytes:
+    """A client's answer to the task it read, whose message has this digest.
+
+    Only factors that were trained travel. A lossy encoding carries how far they moved, which is what its blocks then
+    resolve, and the header says what was lost of it.
+    """
+    codec = CODECS[reply]
+    values = _values(update.adapter, sent.factors)
+    moved = values if codec.exact else [x - y for x, y in zip(values, _start(update.adapter, sent), strict=True)]
+    parts = codec.pack(moved)
+    header: dict[str, Any] = {
+        "kind": "update",
+        "round": sent.round,
+        "client": update.client,
+        "task": digest_,
+        "examples": update.examples,
+        "metrics": {name: value for name, value in update.metrics.items() if name in _METRICS},
+    }
+    if not codec.exact:
+        header["error"] = relative_error(moved, codec.unpack(parts, [x.numel() for x in moved]))
+    ranks = [x.rank for x in update.adapter.layers.values()]
+    if ranks != [x.rank for x in sent.adapter.layers.values()]:
+        header["ranks"] = ranks
+    return frame(header, parts)
+
+
+def most_bytes(sent: Sent) -> int:
+    """The longest that an answer to a task may be."""
+    sizes = [x.numel() for x in _values(sent.task.adapter, sent.task.factors)]
+    return _FRAME.size + SMALL + _PREFIX + CODECS[sent.reply].nbytes(sizes)
+
+
+def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, float]:
+    """The update in an answer to a task, and what its encoding lost (`encode_update`).
+
+    Raises:
+        WireError: if the message is anything else than an answer to that very task by that client: other layers,
+            ranks, shapes, types or sizes, another round's, another client's. What its values are is not looked at.
+    """
+    if len(blob) > most_bytes(sent):
+        raise WireError(f"has {len(blob)} bytes, and an answer to its task has at most {most_bytes(sent)}")
+    header, body = opened(blob, "update")
+    task = sent.task
+    for key, due in (("round", task.round), ("client", client), ("task", sent.digest)):
+        if header.get(key) != due or isinstance(header.get(key), bool):
+            raise WireError(f"{key}: {str(header.get(key))[:80]!r}, not {due!r}")
+    known = {"kind", "round", "client", "task", "examples", "metrics", "ranks", "error"}
+    if unknown := sorted(header.keys() - known):
+        raise WireError(f"has unknown parts: {', '.join(unknown)[:200]}")
+    examples, metrics = _number(header.get("examples"), "examples"), header.get("metrics")
+    if examples <= 0:
+        raise WireError(f"examples: {examples:g} must be more than 0")
+    if not isinstance(metrics, dict) or not metrics.keys() <= _METRICS:
+        raise WireError(f"metrics: {str(metrics)[:80]} are not among {', '.join(sorted(_METRICS))}")
+    metrics = {name: _number(value, name) for name, value in metrics.items()}
+    start = _at_ranks(task, header.get("ranks"))
+    values = _values(start, task.factors)
+    found = _read(body, sent.reply, [x.numel() for x in values])
+    if not CODECS[sent.reply].exact:
+        found = [x + y.flatten() for x, y in zip(found, values, strict=True)]
+    adapter = _replaced(start, task.factors, found)
+    return Update(client, adapter, examples, task.factors, metrics), _number(header.get("error", 0.0), "error")
+
+
+def _at_ranks(task: Task, ranks: Any) -> Adapter:
+    """The adapter of a task at the ranks that an update states, where its client may have pruned itself."""
+    if ranks is None:
+        return task.adapter
+    layers = task.adapter.layers
+    if task.penalty is None or not task.penalty.prune:
+        raise WireError("states ranks of its own, and its task has none pruned")
+    if not isinstance(ranks, list) or len(ranks) != len(layers):
+        raise WireError(f"ranks: {str(ranks)[:80]} are not one for each of {len(layers)} layers")
+    pruned = {}
+    for (name, x), rank in zip(layers.items(), ranks, strict=True):
+        if type(rank) is not int or not 1 <= rank <= x.rank:
+            raise WireError(f"ranks: {str(rank)[:20]} for {name}, which was sent rank {x.rank}")
+        pruned[name] = LowRank(x.A[:rank], x.B[:, :rank], x.scale)
+    return Adapter(pruned, task.adapter.dense)
+
+
+def _start(trained: Adapter, sent: Task) -> list[Tensor]:
+    """Where the travelling values of an update began, at the update's ranks."""
+    layers = {n: LowRank(sent.adapter.layers[n].A[: x.rank], sent.adapter.layers[n].B[:, : x.rank], x.scale)
+              for n, x in trained.layers.items()}  # fmt: skip
+    return _values(Adapter(layers, sent.adapter.dense), sent.factors)
+
+
+def _values(adapter: Adapter, factors: str) -> list[Tensor]:
+    """The tensors that travel, in order: of every layer the factors named, then the dense parameters."""
+    layers = [getattr(x, factor) for x in adapter.layers.values() for factor in factors]
+    return [tensor.detach().to("cpu", torch.float32).contiguous() for tensor in (*layers, *adapter.dense.values())]
+
+
+def _replaced(adapter: Adapter, factors: str, flat: Sequence[Tensor]) -> Adapter:
+    """An adapter with the tensors that `_values` lists taken from flat ones."""
+    rest = iter(flat)
+    layers = {}
+    for name, x in adapter.layers.items():
+        own = {factor: next(rest).view(getattr(x, factor).shape) for factor in factors}
+        layers[name] = LowRank(own.get("A", x.A), own.get("B", x.B), x.scale)
+    return Adapter(layers, {name: next(rest).view(tensor.shape) for name, tensor in adapter.dense.items()})
+
+
+def _listing(adapter: Adapter) -> dict[str, Any]:
+    layers = [[name, *x.shape, x.rank, x.scale] for name, x in adapter.layers.items()]
+    return {"layers": layers, "dense": [[name, list(tensor.shape)] for name, tensor in adapter.dense.items()]}
+
+
+def _sizes(listing: Mapping[str, Any]) -> list[int]:
+    sizes = []
+    for _, out, into, rank, _ in listing["layers"]:
+        sizes += [_count(rank) * _count(into), _count(out) * _count(rank)]
+    return sizes + [math.prod(map(_count, shape)) for _, shape in listing["dense"]]
+
+
+def _filled(listing: Mapping[str, Any], flat: Any) -> Adapter:
+    layers = {}
+    for name, out, into, rank, scale in listing["layers"]:
+        layers[str(name)] = LowRank(next(flat).view(rank, into), next(flat).view(out, rank), _number(scale, "scale"))
+    return Adapter(layers, {str(name): next(flat).view(shape) for name, shape in listing["dense"]})
+
+
+def _read(body: bytes, encoding: str, sizes: Sequence[int]) -> list[Tensor]:
+    """Flat tensors of these sizes from the bytes of a message; nothing is made before all of them are as they must be.
+
+    Raises:
+        WireError: if the bytes hold anything else.
+    """
+    if encoding not in CODECS:
+        raise WireError(f"encoding: {str(encoding)[:40]!r} is none of {', '.join(CODECS)}")
+    codec = CODECS[encoding]
+    if len(body) > _PREFIX + codec.nbytes(sizes):
+        raise WireError(f"has {len(body)} bytes of tensors, where {codec.nbytes(sizes)} are due")
+    try:
+        found = dict(deserialize(body))
+    except (SafetensorError, ValueError) as error:
+        raise WireError(f"its tensors cannot be read: {error}") from None
+    layout = codec.layout(sizes)
+    held = {name: (part["dtype"], list(part["shape"])) for name, part in found.items()}
+    due = {name: (_DTYPES[dtype], [length]) for name, (dtype, length) in layout.items()}
+    if held != due:
+        raise WireError(f"holds {str(held)[:200]}, where {due} is due")
+    flat = {
+        name: torch.frombuffer(found[name]["data"], dtype=dtype) if length else torch.zeros(0, dtype=dtype)
+        for name, (dtype, length) in layout.items()
+    }
+    return codec.unpack(flat, sizes)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise WireError(f"{str(value)[:40]!r} is not a size")
+    return value
+
+
+def _number(value: Any, what: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise WireError(f"{what}: {str(value)[:40]!r} is not a number")
+    return float(value)
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")

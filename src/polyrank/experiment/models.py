@@ -1,0 +1,49 @@
+"""The base model that a configuration names, and data prepared for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from polyrank.data import ImageSplit, Source, TextSplit, prepare_images, prepare_text
+from polyrank.experiment.config import ConfigError, ModelConfig
+from polyrank.experiment.planning import BUILT_IN_MODELS
+from polyrank.local import hf
+from polyrank.local.base import Base
+
+Split = TextSplit | ImageSplit
+Kind = Literal["text", "image"]
+
+
+def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: str, rng: np.random.Generator) -> Base:
+    """The frozen model with a head for these classes; one that its checkpoint lacks is drawn from `rng`."""
+    if config.quantize is not None:
+        raise ConfigError(f"model.quantize: {config.quantize}: plans account for it, but it cannot be run yet")
+    return hf.load_base(
+        _located(config),
+        config.targets,
+        kind=kind,
+        classes=classes,
+        rng=rng,
+        device=device,
+        dtype=config.dtype,
+        image_size=config.image_size,
+        attention=config.attention,
+        tokens=config.max_length,
+    )
+
+
+def preparer(config: ModelConfig, kind: Kind) -> Callable[[Source], Split]:
+    """What makes of a split the tensors that the model takes."""
+    if kind == "text":
+        text = hf.text_processor(_located(config), config.max_length)
+        return lambda source: prepare_text(source, text.encode, text.pad_id, text.fingerprint)
+    image = hf.image_processor(_located(config), config.image_size)
+    return lambda source: prepare_images(source, image.size, image.channels, image.mean, image.std)
+
+
+def _located(config: ModelConfig) -> str:
+    _, folder = BUILT_IN_MODELS.get(config.name, (None, None))
+    return folder() if folder else hf.locate(config.name)

@@ -1,0 +1,80 @@
+"""Round 0: what a run starts from, fresh or from an adapter that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from polyrank.core.lowrank import Adapter, fresh, pad, rescale
+from polyrank.core.method import Method
+from polyrank.core.rng import stream
+from polyrank.core.types import ServerState
+from polyrank.experiment.config import Experiment
+from polyrank.local import lokr
+from polyrank.local.adapters import AdapterError, read_adapter
+from polyrank.local.base import Base
+
+
+def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -> ServerState:
+    """Round 0: fresh low-rank layers or LoKr factors (or an adapter to start from), and the head."""
+    if method.form == "lokr":
+        return _first_lokr(experiment, method, base)
+    scale = (experiment.model.alpha or rank) / rank
+    rng = stream(experiment.seed, "adapter")
+    layers = {name: fresh(shape, rank, scale, rng) for name, shape in base.spec.modules.items()}
+    head = base.initial_head()
+    if experiment.model.adapter is not None:
+        given, _ = read_adapter(experiment.model.adapter)
+        _check_adapter(given, layers, head, experiment, rank)
+        layers |= {name: rescale(pad(x, rank, rng), scale) for name, x in given.layers.items()}
+        head |= {name: tensor.float() for name, tensor in given.dense.items()}
+    if experiment.model.head == "freeze":
+        return ServerState(0, Adapter(layers), Adapter({}, head))
+    return ServerState(0, Adapter(layers, head))
+
+
+def _first_lokr(experiment: Experiment, method: Method, base: Base) -> ServerState:
+    """Kronecker factors among the dense parameters; a scale that is not 1, and a frozen head, are not trained."""
+    assert method.rank is not None
+    modules = base.spec.modules
+    factors = lokr.fresh(modules, method.rank, stream(experiment.seed, "adapter"))
+    scale = (experiment.model.alpha or method.rank) / method.rank
+    fixed = lokr.scales(modules, scale)
+    head = base.initial_head()
+    if experiment.model.adapter is not None:
+        given, _ = read_adapter(experiment.model.adapter)
+        _check_lokr(given, {**factors, **head}, experiment)
+        for name, tensor in given.dense.items():
+            if not lokr.is_scale(name):
+                (factors if lokr.is_part(name) else head)[name] = tensor.float()
+        for name, x in lokr.grouped(given.dense).items():  # the same update under the experiment's scale
+            factors[f"{name}.lokr_w1"] = factors[f"{name}.lokr_w1"] * (x.scale / scale)
+    if experiment.model.head == "freeze":
+        return ServerState(0, Adapter({}, factors), Adapter({}, {**head, **fixed}))
+    return ServerState(0, Adapter({}, {**head, **factors}), Adapter({}, fixed))
+
+
+def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment, rank: int) -> None:  # type: ignore[type-arg]
+    folder = experiment.model.adapter
+    if lokr.grouped(given.dense):
+        raise AdapterError(f"model.adapter: {folder}: is a LoKr, which only the method lokr can start from")
+    for name, x in given.layers.items():
+        if name not in layers:
+            raise AdapterError(f"model.adapter: {folder}: layer {name} is none of the model's targets: another model?")
+        if x.shape != layers[name].shape:
+            raise AdapterError(f"model.adapter: {folder}: {name} is {x.shape}, the model's is {layers[name].shape}")
+        if x.rank > rank:
+            raise AdapterError(f"model.adapter: {folder}: {name} has rank {x.rank}, above model.rank, {rank}")
+    for name, tensor in given.dense.items():
+        if name not in head or head[name].shape != tensor.shape:
+            raise AdapterError(f"model.adapter: {folder}: {name} does not fit the model's head")
+
+
+def _check_lokr(given: Adapter, own: Mapping[str, torch.Tensor], experiment: Experiment) -> None:
+    folder = experiment.model.adapter
+    if given.layers:
+        raise AdapterError(f"model.adapter: {folder}: is a LoRA; the method lokr starts from a LoKr")
+    for name, tensor in given.dense.items():
+        if not lokr.is_scale(name) and (name not in own or own[name].shape != tensor.shape):
+            raise AdapterError(f"model.adapter: {folder}: {name} does not fit the model's LoKr factors or head")

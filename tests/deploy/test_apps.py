@@ -1,0 +1,151 @@
+"""Both Flower apps over a grid in one process: real messages, real sites, and the simulator's bytes."""
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+flwr = pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+
+from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
+from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
+from flwr.serverapp import Grid  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from polyrank.deploy import client, server  # noqa: E402
+from polyrank.engines.audit import Audit  # noqa: E402
+from polyrank.experiment.loading import parse  # noqa: E402
+from polyrank.experiment.machine import on_this_machine  # noqa: E402
+from polyrank.experiment.session import Session  # noqa: E402
+from polyrank.experiment.store import Run  # noqa: E402
+from polyrank.methods import METHODS  # noqa: E402
+
+Config = dict[str, Any]
+
+
+class InProcessGrid(Grid):
+    """A grid whose nodes answer, in this process and through the client app, when their replies are pulled."""
+
+    def __init__(self, sites: dict[str, Path]) -> None:
+        self.nodes = {number: (name, site) for number, (name, site) in enumerate(sites.items(), 10)}
+        self.posted: dict[str, Message] = {}
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any: ...
+
+    def create_message(self, *arguments: Any, **options: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *arguments: Any, **options: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=number, name=name) for number, (name, _) in self.nodes.items()]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = name = f"message-{len(self.posted)}"
+            self.posted[name] = message
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.reply(self.posted.pop(name)) for name in sorted(message_ids) if name in self.posted]
+
+    def reply(self, message: Message) -> Message:
+        number = message.metadata.dst_node_id
+        context = Context(1, number, {"site": str(self.nodes[number][1])}, RecordDict(), {})
+        try:
+            return client.app(message, context)
+        except Exception as error:
+            return Message(Error(2, repr(error)), reply_to=message)
+
+
+@pytest.fixture(scope="module")
+def config(digits_config: Config) -> Config:
+    """Three clients of unequal ranks, one thread, each training alone: what a deployment does."""
+    config = copy.deepcopy(digits_config)
+    config["data"] |= {"clients": 3, "importance": 12}
+    config["fleet"] = [{"share": 1 / 3, "rank": rank} for rank in (1, 2, 4)]
+    alone = {"simulation": {"together": "off", "cache": "off"}, "deployment": {"clients": 3, "poll": 0}}
+    return {**config, "device": "cpu", "threads": 1, "rounds": 2, **alone}
+
+
+def sites_of(folder: Path, config: Config, names: Iterable[str]) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(config))
+    found = {}
+    for name in names:
+        found[name] = folder / name / "site.yaml"
+        found[name].parent.mkdir()
+        site = {"model": "digits-vit", "rehearse": {"experiment": "../experiment.yaml", "client": name}, "threads": 1}
+        found[name].write_text(yaml.safe_dump(site))
+    return found
+
+
+def simulated(folder: Path, config: Config) -> Run:
+    session = Session(Run.create(folder, on_this_machine(parse(config, "test", Path()))))
+    for _ in session.rounds():
+        pass
+    session.finish()
+    return session.run
+
+
+def deployed(folder: Path, config: Config, grid: Grid) -> Run:
+    run = Run.create(folder, on_this_machine(parse(config, "test", Path())))
+    server.app(grid, Context(1, 1, {}, RecordDict(), {"folder": str(folder)}))
+    return run
+
+
+NAMES = [f"client_{number}" for number in range(3)]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_deployment_ends_with_the_simulator_s_bytes(tmp_path: Path, config: Config, name: str) -> None:
+    chosen = {**config, "method": {"name": name}}
+    one = simulated(tmp_path / "simulated", chosen)
+    other = deployed(tmp_path / "deployed", chosen, InProcessGrid(sites_of(tmp_path / "sites", chosen, NAMES)))
+    for part in ("state/checkpoint.safetensors", "adapter/adapter_model.safetensors"):
+        assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes(), part
+    for mine, theirs in zip(one.records(), other.records(), strict=True):
+        assert mine["losses"] == theirs["losses"]
+        assert mine["metrics"] == theirs["metrics"]
+    events = [line["event"] for line in Audit(other.folder / "audit.jsonl").lines()]
+    assert events.count("joined") == 3
+    assert events.count("accepted") == sum(len(record["bytes_up"]) for record in other.records())
+
+
+def test_importance_is_measured_by_the_clients(tmp_path: Path, config: Config) -> None:
+    score = {"name": "fisher", "on": "clients", "samples": 8}
+    chosen = {**config, "method": {"name": "fim_hla", "score": score}}
+    one = simulated(tmp_path / "simulated", chosen)
+    other = deployed(tmp_path / "deployed", chosen, InProcessGrid(sites_of(tmp_path / "sites", chosen, NAMES)))
+    assert one.scores() == other.scores()
+    assert len(set(one.scores().values())) > 2
+
+
+def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config) -> None:
+    bigger = {**config, "model": {**config["model"], "targets": "attention+mlp", "rank": 16}}
+    bigger["fleet"] = [{"share": 1 / 3, "rank": rank} for rank in (4, 8, 16)]
+    for method in ("fedit", "ffa_lora"):
+        chosen = {**bigger, "method": {"name": method}}
+        one = simulated(tmp_path / f"{method}-simulated", chosen)
+        grid = InProcessGrid(sites_of(tmp_path / f"{method}-sites", chosen, NAMES))
+        other = deployed(tmp_path / f"{method}-deployed", chosen, grid)
+        for mine, theirs in zip(one.records(), other.records(), strict=True):
+            for way in ("bytes_up", "bytes_down"):
+                for client_, predicted in mine[way].items():
+                    assert predicted < theirs[way][client_] < 1.02 * predicted
+    history = (tmp_path / "ffa_lora-sites" / "client_0" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in history] == [0, 1]
