@@ -1,0 +1,110 @@
+"""A client's own file, and the process that keeps its model loaded."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from polyrank.deploy.keeper import SiteError, ask, socket_of
+from polyrank.deploy.site import Site, read_site, renumbered
+from polyrank.engines.letters import ask_profile, decode_profile
+from polyrank.engines.wire import WireError, frame
+from polyrank.errors import InputError
+from polyrank.experiment.config import ConfigError
+
+MODEL = {"targets": "attention", "dtype": "float32", "attention": "auto", "max_length": 128, "image_size": None}
+DIGITS = {**MODEL, "kind": "image", "classes": [str(digit) for digit in range(10)]}
+
+
+def write(folder: Path, **config: Any) -> Path:
+    path = folder / "site.yaml"
+    path.write_text(yaml.safe_dump({"model": "digits-vit", **config}))
+    return path
+
+
+def test_a_site_holds_all_of_its_own_training_data(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 8, 8), np.uint8)
+    labels = np.array(["cat", "dog", "cat"] * 4)
+    np.savez(tmp_path / "own.npz", image=pixels, label=labels)
+    data = {"name": "files", "train": "own.npz", "test": "own.npz", "image": "image"}
+    site = Site(write(tmp_path, data=data, rank=3, memory="2 GiB", threads=1))
+    asked = ask_profile({**DIGITS, "classes": ["bird", "dog", "cat"]})
+    reply = site.answer("profile", asked)
+    base, _ = site._model(json.loads(json.dumps({**DIGITS, "classes": ["bird", "dog", "cat"]})))
+    profile = decode_profile(reply, asked, base.fingerprint())
+    assert (profile.examples, profile.rank, profile.memory) == (12, 3, 2 * 2**30)
+    _, split = site._model({**DIGITS, "classes": ["bird", "dog", "cat"]})
+    assert split.labels.tolist() == [2, 1, 2] * 4
+    with pytest.raises(InputError, match=r"site\.yaml: data: classes cat are none of the server's: bird, dog"):
+        site.answer("profile", ask_profile({**DIGITS, "classes": ["bird", "dog"]}))
+    with pytest.raises(InputError, match="holds image data, and the server trains on text"):
+        site.answer("profile", ask_profile({**DIGITS, "kind": "text"}))
+    with pytest.raises(WireError, match="description of the model"):
+        site.answer("profile", ask_profile({"targets": "attention"}))
+    with pytest.raises(WireError, match="description of the model"):
+        site.answer("profile", ask_profile({**DIGITS, "name": "/etc"}))
+    with pytest.raises(WireError):
+        site.answer("fit", frame({"kind": "task"}))
+
+
+def test_classes_are_known_by_name() -> None:
+    labels = np.array([0, 2, 2])
+    assert renumbered(labels, ("a", "unused", "b"), ["b", "a"], Path("x")).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "exactly one of data and rehearse"),
+        ({"data": {"name": "digits"}, "rehearse": {"experiment": "x", "client": "y"}}, "exactly one"),
+        ({"data": "digits", "memory": "2"}, r"memory: '2' Value error|memory: '2' is not a quantity"),
+        ({"data": "digits", "rnk": 2}, "unknown key 'rnk'. Did you mean 'rank'"),
+        ({"data": {"name": "digts"}}, "Did you mean 'digits'"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    path = write(tmp_path, **config)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_site(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_an_unknown_client(tmp_path: Path, digits_file: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_site(tmp_path / "none.yaml")
+    path = write(tmp_path, rehearse={"experiment": str(digits_file), "client": "nobody"})
+    with pytest.raises(ConfigError, match="'nobody' is none of client_0, client_1"):
+        Site(path)
+
+
+def test_a_keeper_answers_as_the_site_does_and_outlives_mistakes(tmp_path: Path) -> None:
+    path = write(tmp_path, data="digits", threads=1)
+    asked = ask_profile(DIGITS)
+    command = [sys.executable, "-m", "polyrank", "deploy", "keep", str(path)]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as keeper:
+        try:
+            ends = time.monotonic() + 120
+            while not socket_of(path).exists():
+                assert keeper.poll() is None
+                assert time.monotonic() < ends
+                time.sleep(0.05)
+            assert stat.S_IMODE(socket_of(path).stat().st_mode) == 0o600
+            kept = ask(path, "profile", asked)
+            with pytest.raises(SiteError, match="WireError: is no hello"):
+                ask(path, "profile", frame({"kind": "task"}))
+            assert ask(path, "profile", asked) == kept
+        finally:
+            keeper.send_signal(signal.SIGTERM)
+            keeper.wait(20)
+    assert not socket_of(path).exists()
+    assert ask(path, "profile", asked) == kept  # without a keeper

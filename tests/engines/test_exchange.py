@@ -1,0 +1,248 @@
+"""A round over a transport that loses, delays and repeats: who is waited for, and what is noted."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyrank.core.federate import federate, plan
+from polyrank.core.lowrank import Adapter
+from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec, Query, ServerState, Task, Update
+from polyrank.engines.audit import Audit
+from polyrank.engines.exchange import Kind, Remote, Reply, Terms, TooFewError
+from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.wire import decode_task, digest, encode_update, opened
+from polyrank.methods import METHODS
+
+SPEC = ModelSpec({"q": (6, 5), "v": (4, 5)})
+FAST = Terms(clients=1, wait=0.3, deadline=0.3, poll=0.001)
+LOCAL = LocalTraining(lr=0.1)
+
+
+class Site:
+    """A client that moves every value by a tenth of its number; `faults` are what becomes of its next answers."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.faults = number, []  # type: int, list[str]
+        self.answered: list[bytes] = []
+
+    def answer(self, kind: Kind, blob: bytes) -> bytes:
+        if kind == "profile":
+            return encode_profile(ClientProfile(10 * self.number, rank=self.number), "base", blob)
+        if kind == "measure":
+            query, state = decode_query(blob)
+            assert query.on == "clients"
+            return encode_scores(dict.fromkeys(state.adapter.layers, float(self.number)), 10 * self.number, blob)
+        task, header = decode_task(blob)
+        by, sent = self.number / 10, task.adapter.layers
+        layers = {name: replace(x, A=x.A + by, B=x.B - by) for name, x in sent.items()}
+        update = Update(header["client"], Adapter(layers), 10 * self.number, task.factors, {"steps": 1.0})
+        self.answered.append(encode_update(update, task, digest(blob), header["reply"]))
+        return self.answered[-1]
+
+
+class Lines:
+    """A transport in memory."""
+
+    def __init__(self, count: int) -> None:
+        self.clients = {f"c{number}": Site(number) for number in range(1, count + 1)}
+        self.away: set[Client] = set()
+        self.sent: list[tuple[str, Kind, Client, bytes]] = []
+        self.waiting: dict[str, Reply] = {}
+
+    def sites(self) -> dict[Client, int]:
+        return {client: site.number for client, site in self.clients.items() if client not in self.away}
+
+    def send(self, kind: Kind, letters: Mapping[Client, bytes], seconds: float) -> dict[str, Client]:
+        ids = {}
+        for client, blob in letters.items():
+            name = f"m{len(self.sent)}"
+            self.sent.append((name, kind, client, blob))
+            ids[name] = client
+            fault = self.clients[client].faults.pop(0) if kind == "fit" and self.clients[client].faults else ""
+            if fault == "crash":
+                self.waiting[name] = Reply(name, None, "error 2: out of memory")
+            elif fault == "silence":
+                self.clients[client].answer(kind, blob)
+            elif fault == "garbage":
+                self.waiting[name] = Reply(name, b"PRNK" + bytes(40))
+            elif fault == "old":
+                self.waiting[name] = Reply(name, self.clients[client].answered[-1])
+            else:
+                self.waiting[name] = Reply(name, self.clients[client].answer(kind, blob))
+        return ids
+
+    def receive(self, messages: Collection[str]) -> list[Reply]:
+        return [self.waiting.pop(name) for name in list(self.waiting) if name in messages]
+
+
+def remote(lines: Lines, folder: Path, terms: Terms = FAST) -> Remote:
+    audit = Audit(folder / "audit.jsonl")
+    return Remote(lines, {"kind": "text"}, "base", terms, audit, lambda query, state: {"q": 1.0})
+
+
+def tasks_of(clients: Remote, state: ServerState) -> dict[Client, Task]:
+    method = METHODS["fedit"]()
+    profiles = clients.profiles()
+    budgets = method.estimate(profiles, SPEC, LOCAL)
+    return plan(method, state, budgets, sorted(profiles), SPEC, LOCAL, 0)
+
+
+@pytest.fixture
+def state(random_adapter) -> ServerState:  # type: ignore[no-untyped-def]
+    return ServerState(0, random_adapter(SPEC, (4,), seed=1))
+
+
+def events(clients: Remote) -> list[tuple[str, str]]:
+    return [(line["event"], line["client"]) for line in clients.audit.lines() if line["round"] >= 0]
+
+
+def test_answers_come_in_order_and_are_the_clients_own(tmp_path: Path, state: ServerState) -> None:
+    clients = remote(Lines(3), tmp_path)
+    tasks = tasks_of(clients, state)
+    found = list(clients.fit(tasks))
+    assert [update.client for update in found] == ["c1", "c2", "c3"]
+    for number, update in enumerate(found, 1):
+        sent = tasks[update.client].adapter.layers["q"]
+        assert torch.equal(update.adapter.layers["q"].A, sent.A + number / 10)
+        assert update.examples == 10 * number
+        assert update.metrics["bytes_up"] > 4 * 2 * number * (6 + 5)
+    assert clients.profiles() is clients.profiles()
+
+
+def test_a_client_that_fails_is_asked_again_but_not_for_ever(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    lines.clients["c2"].faults = ["crash"]
+    lines.clients["c3"].faults = ["crash"] * 9
+    clients = remote(lines, tmp_path, replace(FAST, quorum=0.6, attempts=3))
+    tasks = tasks_of(clients, state)
+    # Two of three are enough, so nobody is asked again once they are there; c2 is, while one is missing.
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
+    strict = remote(lines, tmp_path, replace(FAST, attempts=3))
+    strict.profiles()
+    with pytest.raises(TooFewError, match=r"round 0: 2 of 3 clients have answered .* 3 must"):
+        list(strict.fit(tasks))
+    asked = [client for _, kind, client, _ in lines.sent if kind == "fit"]
+    assert asked.count("c3") <= 2 + 3
+
+
+def test_a_straggler_is_left_behind_and_its_answer_is_late(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    lines.clients["c3"].faults = ["silence"]
+    clients = remote(lines, tmp_path, replace(FAST, quorum=0.5))
+    tasks = tasks_of(clients, state)
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
+    assert ("unanswered", "c3") in events(clients)
+    message = next(name for name, kind, client, _ in lines.sent if kind == "fit" and client == "c3")
+    lines.waiting[message] = Reply(message, lines.clients["c3"].answered[0])
+    later = tasks_of(clients, replace(state, round=1))
+    assert [update.client for update in clients.fit(later)] == ["c1", "c2", "c3"]
+    assert ("late", "c3") in events(clients)
+
+
+def test_who_is_asked_on_top_ends_a_round_early(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(4)
+    lines.clients["c1"].faults = ["silence"]
+    clients = remote(lines, tmp_path, replace(FAST, deadline=60, oversample=1 / 3))
+    assert clients.terms.asked(3) == 4
+    assert len(list(clients.fit(tasks_of(clients, state)))) == 3
+
+
+def test_a_client_that_is_away_is_waited_for_and_may_return_elsewhere(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(2)
+    clients = remote(lines, tmp_path, replace(FAST, deadline=30))
+    tasks = tasks_of(clients, state)
+    lines.away = {"c2"}
+    assert list(clients.profiles()) == ["c1"]
+    receive, looks = lines.receive, []
+
+    def returning(messages: Collection[str]) -> list[Reply]:
+        looks.append(len(messages))
+        if len(looks) == 3:
+            lines.away = set()
+        return receive(messages)
+
+    lines.receive = returning  # type: ignore[method-assign]
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
+    before = len(lines.sent)
+    lines.clients["c2"].number = 7  # restarted: another address, so it is asked anew what it is
+    assert clients.profiles()["c2"].examples == 70
+    assert [kind for _, kind, *_ in lines.sent[before:]] == ["profile"]
+
+
+def test_what_is_no_answer_to_the_task_is_refused_and_not_asked_again(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    clients = remote(lines, tmp_path, replace(FAST, quorum=0.3))
+    honest = {update.client: update for update in clients.fit(tasks_of(clients, state))}
+    assert len(honest) == 3
+    lines.clients["c2"].faults, lines.clients["c3"].faults = ["garbage"], ["old"]
+    tasks = tasks_of(clients, replace(state, round=1))
+    assert [update.client for update in clients.fit(tasks)] == ["c1"]
+    refused = [line for line in clients.audit.lines() if line["event"] == "refused"]
+    assert {line["client"] for line in refused} == {"c2", "c3"}
+    assert all(len(line["hash"]) == 64 and line["bytes"] > 0 for line in refused)
+    assert any("round: 0, not 1" in line["reason"] or "round: '0', not 1" in line["reason"] for line in refused)
+
+
+def test_another_base_model_is_not_let_in(tmp_path: Path) -> None:
+    lines = Lines(2)
+    lines.clients["c2"].answer = lambda kind, blob: encode_profile(ClientProfile(5), "other", blob)  # type: ignore[method-assign]
+    clients = remote(lines, tmp_path)
+    assert list(clients.profiles()) == ["c1"]
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "refused"]
+    assert "base model is 'other'" in line["reason"]
+    waiting = remote(lines, tmp_path, replace(FAST, clients=2))
+    with pytest.raises(TooFewError, match="2 clients are needed, and these are connected: c1"):
+        waiting.profiles()
+
+
+def test_the_mean_of_scores_weighs_by_examples(tmp_path: Path, state: ServerState) -> None:
+    clients = remote(Lines(2), tmp_path)
+    clients.profiles()
+    found = clients.measure(Query("fisher", on="clients", cohort=("c1", "c2")), state)
+    assert found == pytest.approx(dict.fromkeys(SPEC.modules, (10 * 1 + 20 * 2) / 30))
+    assert clients.measure(Query("fisher", on="holdout"), state) == {"q": 1.0}
+
+
+def test_a_late_joiner_gets_a_budget(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    lines.away = {"c3"}
+    clients = remote(lines, tmp_path)
+    rounds = federate(METHODS["fedit"](), state, clients, SPEC, LOCAL, rounds=3)
+    _, record = next(rounds)
+    assert sorted(record.bytes_up) == ["c1", "c2"]
+    lines.away = set()
+    _, record = next(rounds)
+    assert sorted(record.bytes_up) == ["c1", "c2", "c3"]
+    assert record.ranks["c3"] == {"q": 3, "v": 3}
+    clients.settle(record)
+    lines.away = {"c1"}
+    state, record = next(rounds)
+    assert sorted(record.bytes_up) == ["c2", "c3"]
+    assert [e for e in events(clients) if e[0] == "accepted"] == [("accepted", c) for c in ("c1", "c2", "c3")]
+
+
+def test_the_audit_survives_a_line_cut_short(tmp_path: Path) -> None:
+    audit = Audit(tmp_path / "audit.jsonl")
+    audit.note("received", 0, "a", hash="x", bytes=3)
+    whole = audit.path.read_bytes()
+    audit.path.write_bytes(whole + whole[:20])
+    audit.note("refused", 0, "b", reason="\n\u2028")
+    assert [line["client"] for line in audit.lines()] == ["a", "b"]
+    assert audit.path.read_bytes().startswith(whole)
+    assert json.loads(whole)["hash"] == "x"
+
+
+def test_lossy_messages_move_the_values_they_were_sent(tmp_path: Path, state: ServerState) -> None:
+    clients = remote(Lines(2), tmp_path, replace(FAST, down="int8", up="int8"))
+    tasks = tasks_of(clients, state)
+    for update, number in zip(clients.fit(tasks), (1, 2), strict=True):
+        sent = tasks[update.client].adapter.layers["q"]
+        assert torch.allclose(update.adapter.layers["q"].A, sent.A + number / 10, atol=float(sent.A.abs().max()) / 100)
+    lost = [line["lost"] for line in clients.audit.lines() if line["event"] == "received"]
+    assert all(0 <= value < 0.01 for value in lost)
+    blob = next(blob for _, kind, _, blob in clients.post.sent if kind == "fit")  # type: ignore[attr-defined]
+    assert opened(blob, "task")[0]["reply"] == "int8"
