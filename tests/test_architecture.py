@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "experiment": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
     "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
     "": {"core", "methods", "data", "local", "engines", "experiment"},
-    "cli": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "cli"},
+    "deploy": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy"},
+    "cli": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy", "cli"},
     "flower_app": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
     "__main__": {"cli"},
 }
@@ -190,6 +191,8 @@ UPWARD = [
     ("polyrank.experiment.x", "from polyrank.report import page"),
     ("polyrank.experiment.x", "from polyrank import cli"),
     ("polyrank.report.x", "import polyrank.cli"),
+    ("polyrank.report.x", "from polyrank.deploy import operate"),
+    ("polyrank.deploy.x", "from polyrank.cli import app"),
     ("polyrank.flower_app", "from polyrank.report import page"),
     ("polyrank.elsewhere", "import json"),
 ]
