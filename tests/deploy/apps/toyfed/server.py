@@ -1,40 +1,40 @@
-"""A ServerApp that plays rounds on a run's folder; files in the folder say what it is to do beside that.
+"""A ServerApp that plays an experiment's rounds on a run's folder.
 
-``nodes`` (a number): how many nodes to wait for; ``fail``: rounds after which it raises, one a line, each once;
-``slow``: seconds a round takes at least; ``quiet``: it ends without a summary.
+``orders.json`` beside the folder says what it is to do beside that: ``nodes``: how many to wait for; ``fail``: rounds
+in which it raises, each once; ``slow``: seconds a round takes at least; ``quiet``: it ends without a summary.
 """
 
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import yaml
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
 
 
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     folder = Path(str(context.run_config["folder"]))
-    wanted = int((lines(folder / "nodes") or ["1"])[0])
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
+    rounds = int(yaml.safe_load((folder / "experiment.yaml").read_text())["rounds"])
+    orders = folder.parent / "orders.json"
+    told: dict[str, Any] = json.loads(orders.read_text()) if orders.is_file() else {}
+    while len(nodes := sorted(grid.get_node_ids())) < told.get("nodes", 1):
         time.sleep(0.5)
-    rounds = int((lines(folder / "rounds") or ["3"])[0])
-    for number in range(len(lines(folder / "rounds.jsonl")), rounds):
-        if str(number) in (left := lines(folder / "fail")):
-            left.remove(str(number))
-            (folder / "fail").write_text("\n".join(left))
+    records = folder / "rounds.jsonl"
+    for number in range(len(records.read_text().splitlines()) if records.is_file() else 0, rounds):
+        if number in told.get("fail", ()):
+            told["fail"].remove(number)
+            orders.write_text(json.dumps(told))
             raise RuntimeError(f"the server stumbles in round {number}")
         sites = ask(grid, nodes)
-        time.sleep(float((lines(folder / "slow") or ["0"])[0]))
-        record(folder, number, sites)
-    if not (folder / "quiet").exists():
-        (folder / "summary.json").write_text(json.dumps({"rounds": rounds}))
+        time.sleep(told.get("slow", 0))
+        write(folder, number, sites)
+    if not told.get("quiet"):
+        (folder / "summary.json").write_text(json.dumps(summary(rounds)))
 
 
 def ask(grid: Grid, nodes: list[int]) -> list[str]:
@@ -49,14 +49,26 @@ def ask(grid: Grid, nodes: list[int]) -> list[str]:
     return sites
 
 
-def record(folder: Path, number: int, sites: list[str]) -> None:
-    line = {
+def write(folder: Path, number: int, sites: list[str]) -> None:
+    record = {
         "round": number,
-        "losses": {site: 1.0 for site in sites},
+        "losses": dict.fromkeys(sites, 1.0),
         "metrics": {},
         "bytes_up": dict.fromkeys(sites, 10),
         "bytes_down": dict.fromkeys(sites, 20),
     }
-    for name, value in (("rounds.jsonl", line), ("timings.jsonl", {"round": number, "wall_seconds": 1.0})):
+    for name, value in (("rounds.jsonl", record), ("timings.jsonl", {"round": number, "wall_seconds": 1.0})):
         with open(folder / name, "a") as file:
             file.write(json.dumps(value) + "\n")
+
+
+def summary(rounds: int) -> dict[str, Any]:
+    return {
+        "method": "toy",
+        "before": {"test": {"accuracy": 0.1}},
+        "final": {"round": rounds - 1, "test": {"accuracy": 0.5}},
+        "selected": None,
+        "bytes_up": 10,
+        "bytes_down": 20,
+        "wall_seconds": 1.0,
+    }
