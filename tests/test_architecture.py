@@ -24,20 +24,6 @@ MAY_IMPORT = {
     "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
     "": {"core", "methods", "data", "local", "engines", "experiment"},
     "deploy": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy"},
-    "cli": {
-        "",
-        "core",
-        "methods",
-        "errors",
-        "files",
-        "data",
-        "local",
-        "engines",
-        "experiment",
-        "report",
-        "deploy",
-        "cli",
-    },
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
@@ -205,6 +191,7 @@ UPWARD = [
     ("polyrank.experiment.x", "from polyrank import cli"),
     ("polyrank.report.x", "import polyrank.cli"),
     ("polyrank.deploy.client", "from polyrank.cli import app"),
+    ("polyrank.report.x", "from polyrank.deploy import operate"),
     ("polyrank.elsewhere", "import json"),
 ]
 FOREIGN = [

@@ -57,7 +57,7 @@ def resume(
         if finished is None:
             _drive(Session(stored), quiet, json_)
         else:
-            _report(stored, finished, quiet, json_)
+            report(stored, finished, quiet, json_)
 
 
 def _drive(session: Session, quiet: bool, json_: bool) -> None:
@@ -79,10 +79,10 @@ def _drive(session: Session, quiet: bool, json_: bool) -> None:
         done, folder = session.state.round, session.run.folder
         err.print(f"interrupted after round {done}; continue with: polyrank resume {folder}", soft_wrap=True)
         raise typer.Exit(130) from None
-    _report(session.run, summary, quiet, json_)
+    report(session.run, summary, quiet, json_)
 
 
-def _report(stored: Run, summary: dict[str, Any], quiet: bool, json_: bool) -> None:
+def report(stored: Run, summary: dict[str, Any], quiet: bool, json_: bool) -> None:
     """Prints what a finished run reached."""
     from polyrank.report.terminal import outcome, results_table
 

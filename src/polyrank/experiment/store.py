@@ -94,9 +94,13 @@ class Run:
         """The records of complete lines, in order."""
         yield from _lines(self.rounds_file)
 
+    def timings(self) -> Iterator[dict[str, Any]]:
+        """What was measured of each round, in order: ``round``, ``wall_seconds``, ``measured_memory``."""
+        yield from _lines(self.timings_file)
+
     def wall_seconds(self) -> float:
         """Seconds spent in rounds, over all sittings."""
-        return float(sum(line["wall_seconds"] for line in _lines(self.timings_file)))
+        return float(sum(line["wall_seconds"] for line in self.timings()))
 
     def save(self, state: ServerState) -> None:
         """The checkpoint after a round, replacing the one before."""

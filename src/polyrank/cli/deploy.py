@@ -1,0 +1,349 @@
+"""Across machines: ``polyrank deploy ...``. What needs Flower is imported by the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polyrank.cli.app import Json, Quiet, Set, app, err, mistakes, out, plain
+
+if TYPE_CHECKING:
+    from polyrank.deploy.layout import Deployment
+    from polyrank.experiment.store import Run
+
+deploy = typer.Typer(
+    name="deploy",
+    help="Run a federation across machines, on Flower: `init`, `up` and `run` on the server, `join` at each site.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(deploy)
+
+Server = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.")]
+Place = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment, or of a node.")]
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of this deployment.")]
+Telemetry = Annotated[
+    bool, typer.Option("--telemetry", help="Leave Flower's telemetry and update checks on; they are off otherwise.")
+]
+
+
+@contextmanager
+def flower() -> Iterator[None]:
+    """`mistakes`, after a look for Flower."""
+    with mistakes():
+        from polyrank.deploy.layout import require_flower
+
+        require_flower()
+        yield
+
+
+@deploy.command()
+def init(
+    folder: Server,
+    host: Annotated[
+        str, typer.Option(help="Name or address of this server; others after commas. Nodes dial the first.")
+    ],
+    nodes: Annotated[int | None, typer.Option(min=1, help="Make this many nodes: site-1, site-2, ...")] = None,
+    names: Annotated[str | None, typer.Option(help="Make nodes of these names: a,b,c.")] = None,
+    port: Annotated[int, typer.Option(help="Of the gateway, which the sites reach; 0: a free one.")] = 8443,
+    superlink_port: Annotated[int, typer.Option(help="Of the SuperLink, on loopback; 0: a free one.")] = 18000,
+    listen: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "0.0.0.0",
+    serverapp: Annotated[str | None, typer.Option(help="ServerApp, module:attribute; polyrank's if left out.")] = None,
+    clientapp: Annotated[str | None, typer.Option(help="ClientApp, module:attribute; polyrank's if left out.")] = None,
+) -> None:
+    """Make a deployment's folder: certificates, keys, configuration, and a folder to hand over to each site."""
+    with flower():
+        from polyrank.deploy import provision
+        from polyrank.deploy.layout import DeployError, Settings
+
+        if (nodes is None) == (names is None):
+            raise DeployError("give either --nodes N or --names a,b,c")
+        chosen = [part.strip() for part in names.split(",")] if names else [f"site-{i + 1}" for i in range(nodes or 0)]
+        made = provision.init(
+            folder,
+            chosen,
+            [part.strip() for part in host.split(",")],
+            port=port,
+            superlink_port=superlink_port,
+            listen=listen,
+            serverapp=serverapp or Settings.serverapp,
+            clientapp=clientapp or Settings.clientapp,
+        )
+        say(f"{folder}: {len(chosen)} node{'s' * (len(chosen) > 1)}, dialling {made.settings.public}")
+        say(
+            f"next: {folder}/README.md; hand each site its folder of {folder}/nodes/, then `polyrank deploy up {folder}`"
+        )
+
+
+@deploy.command()
+def add(folder: Server, names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Nodes to add.")]) -> None:
+    """Make keys and folders for more nodes; registers them if the server runs."""
+    with flower():
+        from polyrank.deploy import operate, provision
+
+        found = opened(folder)
+        for node in provision.add(found, names):
+            say(f"{node.folder}: to be handed over")
+        if operate.healthy(found, found.settings.superlink_port):
+            operate.register(found)
+        else:
+            say(f"not registered yet: `polyrank deploy up {folder}` does it")
+
+
+@deploy.command()
+def remove(folder: Server, name: Annotated[str, typer.Argument(help="The node.")]) -> None:
+    """Refuse a node from now on, because its key is lost or it has left. The server must run."""
+    with flower():
+        from polyrank.deploy import operate
+
+        operate.remove(opened(folder), name)
+        say(f"{name}: its key is refused from now on")
+
+
+@deploy.command()
+def renew(folder: Server, days: Annotated[int, typer.Option(min=1, help="For how long.")] = 365) -> None:
+    """Make a new key and certificate for the server; the nodes need nothing new."""
+    with flower():
+        from polyrank.deploy import provision
+
+        provision.renew(opened(folder), days)
+        say(f"valid for {days} days; `polyrank deploy down {folder}` and `up` make the server use it")
+
+
+@deploy.command()
+def up(
+    folder: Server,
+    gateway: Annotated[bool, typer.Option("--gateway", help="Run nginx as well, which other machines reach.")] = False,
+    telemetry: Telemetry = False,
+) -> None:
+    """Start the server in the background, wait until it answers, and register the nodes. May be repeated."""
+    with flower():
+        from polyrank.deploy import operate
+
+        found = opened(folder)
+        ids = operate.up(found, gateway=gateway, telemetry=telemetry)
+        reached = found.settings.public if gateway else f"{found.superlink}, from this machine alone"
+        say(f"SuperLink answers; {len(ids)} nodes registered; reached as {reached}")
+
+
+@deploy.command()
+def register(folder: Server) -> None:
+    """Register the nodes' keys at a server that runs already, for example under systemd."""
+    with flower():
+        from polyrank.deploy import operate
+
+        for name, node_id in operate.register(opened(folder)).items():
+            say(f"{name}: {node_id}")
+
+
+@deploy.command()
+def serve(
+    folder: Server,
+    name: Annotated[str, typer.Argument(help="superlink, superexec or gateway.")],
+    telemetry: Telemetry = False,
+) -> None:
+    """Become one process of the server, in the foreground: what the systemd units run."""
+    with flower():
+        from polyrank.deploy import operate
+
+        operate.serve(opened(folder), name, telemetry)
+
+
+@deploy.command()
+def join(
+    folder: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The folder that was handed over.")],
+    superlink: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The server; as in node.json if left out.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The site's configuration; NODE_DIR/site.yaml if left out.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the site's data is, instead of as configured.")] = None,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for systemd.")] = False,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the connection.")] = 30,
+    telemetry: Telemetry = False,
+) -> None:
+    """Start a node and keep it running, whatever it or the server ends with."""
+    with flower():
+        from polyrank.deploy import join as joining
+        from polyrank.deploy.operate import tail
+
+        node = joining.join(folder, superlink, site=config, data=data, foreground=foreground, telemetry=telemetry)
+        if foreground:
+            return
+        if joining.connected(node, wait) is None:
+            err.print(plain(tail(node.logs / "supernode.log")), highlight=False, soft_wrap=True)
+            err.print(f"{node.name}: not connected after {wait:g} s, and goes on trying", highlight=False)
+            raise typer.Exit(1)
+        say(f"{node.name}: connected to {superlink or node.superlink}")
+
+
+@deploy.command()
+def run(
+    folder: Server,
+    file: Annotated[Path, typer.Argument(help="An experiment.")],
+    set_: Set = None,
+    target: Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME if left out.")] = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Submit a run and follow it to its end; the exit code is 0 only if it completed."""
+    with flower():
+        from polyrank.experiment.loading import load
+        from polyrank.experiment.machine import on_this_machine
+        from polyrank.experiment.store import Run, check_free, free_folder
+
+        found = answering(folder)
+        if target is not None:
+            check_free(target)
+        experiment = on_this_machine(load(file, set_))
+        drive(found, Run.create(target or free_folder(file.stem), experiment), quiet, json_)
+
+
+@deploy.command()
+def resume(folder: Server, target: Folder, quiet: Quiet = False, json_: Json = False) -> None:
+    """Follow a run again, or continue it from its last checkpoint if nobody works on it."""
+    with flower():
+        from polyrank.cli.runs import report
+        from polyrank.experiment.store import Run
+
+        stored = Run.open(target)
+        finished = stored.summary()
+        if finished is None:
+            drive(answering(folder), stored, quiet, json_)
+        else:
+            report(stored, finished, quiet, json_)
+
+
+@deploy.command()
+def stop(folder: Server, target: Folder) -> None:
+    """Stop a run; `resume` continues it from its last checkpoint."""
+    with flower():
+        from polyrank.deploy import follow
+        from polyrank.experiment.store import Run
+
+        run_id = follow.stop(answering(folder), Run.open(target))
+        say(f"run {run_id} is stopped; `polyrank deploy resume {folder} {target}` continues it")
+
+
+@deploy.command()
+def status(folder: Place, json_: Json = False) -> None:
+    """Show what runs, which nodes are connected, and all runs."""
+    with flower():
+        from polyrank.deploy import layout, operate
+
+        place = layout.opened(folder)
+        found: dict[str, Any] = (
+            operate.status(place) if isinstance(place, layout.Deployment) else {"processes": operate.processes(place)}
+        )
+        if json_:
+            print(json.dumps(found))
+            return
+        from rich.table import Table
+
+        shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        for name, pid in found["processes"].items():
+            shown.add_row("process", name, f"pid {pid}" if pid else "does not run")
+        for name, state in found.get("nodes", {}).items():
+            shown.add_row("node", name, state)
+        for entry in found.get("runs", []):
+            shown.add_row("run", entry["id"], entry["status"], plain(entry["folder"]))
+        if "healthy" in found:
+            shown.add_row("server", "answers" if found["healthy"] else "does not answer")
+            shown.add_row("certificate", f"valid for {found['certificate_days']} days")
+        out.print(shown, highlight=False)
+
+
+@deploy.command()
+def logs(
+    folder: Place,
+    who: Annotated[str | None, typer.Argument(help="A process, or the id of a run; all processes if left out.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as it is written.")] = False,
+    lines: Annotated[int, typer.Option(min=0, help="How many lines from the end.")] = 40,
+) -> None:
+    """Show the end of logs."""
+    with flower():
+        from polyrank.deploy import layout
+        from polyrank.deploy.logs import last, lines_of_run, written
+
+        place = layout.opened(folder)
+        try:
+            if who is not None and who.isdigit() and isinstance(place, layout.Deployment):
+                shown: Any = lines_of_run(place, who)[-lines:] if lines else []
+            else:
+                shown = written(place, who, lines) if follow else last(place, who, lines)
+            for line in shown:
+                print(line, flush=follow)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+@deploy.command()
+def down(folder: Place) -> None:
+    """End all processes that were started from a folder. Runs can be resumed after the next `up`."""
+    with flower():
+        from polyrank.deploy import layout, operate
+
+        ended = operate.down(layout.opened(folder))
+        say(f"ended: {', '.join(ended)}" if ended else "nothing ran")
+
+
+def drive(found: Deployment, stored: Run, quiet: bool, json_: bool) -> None:
+    """Follows a run to its end, and ends this command as the run ended."""
+    from polyrank.cli.runs import report
+    from polyrank.deploy import follow
+    from polyrank.deploy.operate import online
+    from polyrank.report.terminal import Progress
+
+    silent = quiet or json_
+    tell = (lambda text: None) if silent else say
+    states = online(found)
+    tell(f"{sum(state == 'online' for state in states.values())} of {len(states)} nodes online; run in {stored.folder}")
+    try:
+        done = sum(1 for _ in stored.records())
+        with Progress(out, stored.experiment().rounds, done, silent=silent).shown() as progress:
+            outcome = follow.drive(found, stored, progress, say=tell)
+    except KeyboardInterrupt:
+        err.print(
+            f"no longer followed; the run goes on. `polyrank deploy resume {found.folder} {stored.folder}` follows it "
+            f"again, `polyrank deploy stop {found.folder} {stored.folder}` stops it",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    summary = stored.summary()
+    if not outcome.completed or summary is None:
+        for line in outcome.errors:
+            err.print(plain(line), highlight=False, soft_wrap=True)
+        again = f"`polyrank deploy resume {found.folder} {stored.folder}` continues it"
+        err.print(f"[red]error:[/] {plain(str(outcome))}; {again}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+    report(stored, summary, quiet, json_)
+
+
+def opened(folder: Path) -> Deployment:
+    """A deployment's folder."""
+    from polyrank.deploy.layout import Deployment
+
+    return Deployment.open(folder)
+
+
+def answering(folder: Path) -> Deployment:
+    """A deployment whose server answers."""
+    from polyrank.deploy.layout import DeployError
+    from polyrank.deploy.operate import healthy
+
+    found = opened(folder)
+    if not healthy(found, found.settings.superlink_port):
+        raise DeployError(f"{folder}: the server does not answer; `polyrank deploy up {folder}` starts it")
+    return found
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    out.print(plain(text), highlight=False, soft_wrap=True)

@@ -1,0 +1,123 @@
+"""The authority of a deployment, the server's certificate, and a key pair a node. All keys are of the curve P-384."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+AUTHORITY_DAYS, SERVER_DAYS = 3650, 365
+_CURVE = ec.SECP384R1()
+_EARLIER = timedelta(hours=1)  # before now, from when a certificate is valid: clocks differ
+_ALWAYS = ("localhost", "127.0.0.1", "::1")
+
+
+def authority(now: datetime | None = None) -> tuple[bytes, bytes]:
+    """A new certificate authority: its private key and its certificate, PEM. It signs servers, not other authorities."""
+    key = ec.generate_private_key(_CURVE)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "polyrank deployment authority")])
+    usage = _usage(key_cert_sign=True, crl_sign=True)
+    certificate = (
+        _builder(name, name, key.public_key(), now, AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA384())
+    )
+    return _private_pem(key), certificate.public_bytes(Encoding.PEM)
+
+
+def server_certificate(
+    ca_key: bytes, ca_certificate: bytes, hosts: Sequence[str], now: datetime | None = None, days: int = SERVER_DAYS
+) -> tuple[bytes, bytes]:
+    """A server's private key and certificate, PEM.
+
+    Args:
+        ca_key: the authority's, PEM.
+        ca_certificate: the authority's, PEM.
+        hosts: names and addresses under which the server is dialled; loopback is always among them.
+        now: from when it is valid; the present if left out.
+        days: for how long.
+    """
+    issuer = x509.load_pem_x509_certificate(ca_certificate)
+    signer = load_pem_private_key(ca_key, None)
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(_CURVE)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    names = [_general_name(host) for host in dict.fromkeys([*hosts, *_ALWAYS])]
+    certificate = (
+        _builder(subject, issuer.subject, key.public_key(), now, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .sign(signer, hashes.SHA384())
+    )
+    return _private_pem(key), certificate.public_bytes(Encoding.PEM)
+
+
+def node_keys(name: str) -> tuple[bytes, bytes]:
+    """A node's private and public key, in OpenSSH's formats."""
+    key = ec.generate_private_key(_CURVE)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return private, public + f" {name}\n".encode()
+
+
+def expires(certificate: bytes) -> datetime:
+    """When a certificate (PEM) ends."""
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime | None, days: int
+) -> x509.CertificateBuilder:
+    start = now or datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - _EARLIER)
+        .not_valid_after(start + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(**allowed: bool) -> x509.KeyUsage:
+    names = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+        "key_cert_sign",
+        "crl_sign",
+        "encipher_only",
+        "decipher_only",
+    )
+    return x509.KeyUsage(**{name: allowed.get(name, False) for name in names})
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -1,0 +1,136 @@
+"""A node: Flower's SuperNode and its SuperExec on a site's machine."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import ssl
+import time
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import httpx
+
+from polyrank.deploy import supervise
+from polyrank.deploy.control import plain
+from polyrank.deploy.layout import LOOPBACK, DeployError, Node, environment, free_port, program, write_private
+from polyrank.deploy.supervise import Service
+
+SUPERNODE, SUPEREXEC = "supernode", "superexec"
+AHEAD, BEHIND = 5.0, 300.0  # seconds by which the server lets a node's clock differ
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}")
+_CONNECTED = re.compile(r"SuperNode ID: (\d+)")
+
+
+def services(node: Node, superlink: str, site: Path, data: Path | None = None) -> list[Service]:
+    """The processes of a node; the SuperExec starts what trains.
+
+    The SuperNode hands work out on a port of loopback, to who knows a secret that is made here.
+    """
+    if not node.secret.exists():
+        write_private(node.secret, secrets.token_bytes(48))
+    port, secret = str(free_port()), ("--superexec-auth-secret-file", str(node.secret))
+    config = f'site="{site}"' + ("" if data is None else f' data="{data}"')
+    supernode = [
+        *(program("flower-supernode"), "--superlink", superlink, "--root-certificates", str(node.authority)),
+        *("--auth-supernode-private-key", str(node.key), "--host", LOOPBACK, "--port", port),
+        *("--isolation", "process", *secret, "--node-config", config),
+    ]
+    superexec = [program("flower-superexec"), "--runtime-api-address", f"{LOOPBACK}:{port}", "--insecure", *secret]
+    return [
+        Service(name, command, str(node.folder / "state"), str(node.logs / f"{name}.log"))
+        for name, command in ((SUPERNODE, supernode), (SUPEREXEC, superexec))
+    ]
+
+
+def join(
+    folder: Path,
+    superlink: str | None = None,
+    *,
+    site: Path | None = None,
+    data: Path | None = None,
+    foreground: bool = False,
+    telemetry: bool = False,
+) -> Node:
+    """Starts a node and keeps it running: in the background, or here until it is told to end.
+
+    Args:
+        folder: the node's, as it was handed over.
+        superlink: ``host:port`` of the server; as the server's operator wrote it if left out.
+        site: the site's configuration; site.yaml of the folder if left out.
+        data: where the site's data is, instead of where its configuration says.
+        foreground: supervise in this process, for systemd.
+        telemetry: leaves Flower's telemetry and update checks on.
+
+    Raises:
+        DeployError: naming what is missing, what of the server's certificate or of the clock is wrong.
+    """
+    node = Node.open(folder)
+    address, config = superlink or node.superlink, (site or node.folder / "site.yaml").resolve()
+    _check(node, address, config, data)
+    if not foreground:
+        preflight(node, address)
+    for place in (node.folder / "state", node.home, node.run, node.logs):
+        place.mkdir(mode=0o700, exist_ok=True)
+    supervise.stop(node.run)  # what a supervisor that was killed has left
+    wanted = services(node, address, config, data.resolve() if data else None)
+    start = supervise.supervise if foreground else supervise.start
+    start(node.run, wanted, environment(node.home, telemetry))
+    return node
+
+
+def connected(node: Node, patience: float) -> str | None:
+    """Waits for a node that `join` has started; returns the id Flower knows it by, or None if it is not connected."""
+    log, deadline = node.logs / f"{SUPERNODE}.log", time.monotonic() + patience
+    while True:
+        text = plain(log.read_text(errors="replace")) if log.is_file() else ""
+        last = text.rpartition(f"] {SUPERNODE} starts\n")[2] if "[supervisor]" in text else ""
+        last = last if last else text
+        if found := _CONNECTED.search(last):
+            return found[1]
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.3)
+
+
+def preflight(node: Node, superlink: str) -> bool:
+    """Whether the server answers; refuses one that cannot be this node's, and a clock that it would refuse.
+
+    Raises:
+        DeployError: if its certificate is not of the node's authority or not for this address, or clocks differ.
+    """
+    trusted = ssl.create_default_context(cafile=str(node.authority))
+    try:
+        with httpx.Client(verify=trusted, trust_env=True, timeout=10) as client:
+            before = time.time()
+            answer = client.get(f"https://{superlink}/health")
+    except httpx.HTTPError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error):
+            raise DeployError(
+                f"--superlink: {superlink}: not the server that {node.authority} knows: {error}"
+            ) from None
+        return False
+    if "date" in answer.headers:
+        ahead = before - parsedate_to_datetime(answer.headers["date"]).timestamp() - 1  # that is in whole seconds
+        if not -BEHIND < ahead < AHEAD:
+            raise DeployError(
+                f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's, "
+                "which will refuse it: set both by NTP"
+            )
+    return True
+
+
+def _check(node: Node, superlink: str, site: Path, data: Path | None) -> None:
+    if not _ADDRESS.fullmatch(superlink):
+        raise DeployError(f"--superlink: {superlink!r} is not host:port")
+    if not site.is_file():
+        raise DeployError(f"--config: {site}: no such file")
+    if data is not None and not data.exists():
+        raise DeployError(f"--data: {data}: no such file or folder")
+    for path in (site, data):
+        if path is not None and re.search(r"[\"'\\\n]", str(path)):
+            raise DeployError(f"{path}: Flower cannot be told a path with quotes or backslashes")
+    if node.key.stat().st_mode & 0o077:
+        raise DeployError(f"{node.key}: others may read it; chmod 600 {node.key}")
+    if pid := supervise.running(node.run, supervise.SUPERVISOR):
+        raise DeployError(f"{node.folder}: node {node.name} runs already (pid {pid}); `polyrank deploy down` ends it")

@@ -1,0 +1,66 @@
+"""Logs of a server and of a node: their ends, and what is added to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from polyrank.deploy import control
+from polyrank.deploy.layout import DeployError, Deployment, Node
+
+
+def logs(place: Deployment | Node, who: str | None) -> dict[str, Path]:
+    """Log files by the name of who writes them: all, or one.
+
+    Raises:
+        DeployError: if there is none of that name.
+    """
+    found = {path.stem: path for path in sorted(place.logs.glob("*.log"))}
+    if (place.run / "supervisor.log").is_file():
+        found["supervisor"] = place.run / "supervisor.log"
+    if who is None:
+        return found
+    if who not in found:
+        raise DeployError(f"{who!r}: no log of that name; there are {', '.join(found) or 'none yet'}")
+    return {who: found[who]}
+
+
+def last(place: Deployment | Node, who: str | None, lines: int) -> list[str]:
+    """The last lines of each log, with its name in front where there are several."""
+    found = logs(place, who)
+    shown = []
+    for name, path in found.items():
+        text = control.plain(path.read_text(errors="replace")).splitlines()
+        shown += [_named(name, line, len(found)) for line in text[max(len(text) - lines, 0) :]]
+    return shown
+
+
+def written(place: Deployment | Node, who: str | None, lines: int) -> Iterator[str]:
+    """The last lines of each log, then what is added to them, without end."""
+    found = logs(place, who)
+    read = {name: path.stat().st_size for name, path in found.items()}
+    yield from last(place, who, lines)
+    while True:
+        for name, path in found.items():
+            size = path.stat().st_size if path.is_file() else 0
+            start = read[name] if size >= read[name] else 0  # a log that was set aside starts anew
+            if size > start:
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    text = file.read(size - start)
+                whole = text[: text.rfind(b"\n") + 1]
+                for line in control.plain(whole.decode(errors="replace")).splitlines():
+                    yield _named(name, line, len(found))
+                start += len(whole)
+            read[name] = start
+        time.sleep(0.5)
+
+
+def lines_of_run(deployment: Deployment, run_id: str) -> list[str]:
+    """What a run's ServerApp has printed."""
+    return control.log_lines(deployment, run_id)
+
+
+def _named(name: str, line: str, count: int) -> str:
+    return f"{name}: {line}" if count > 1 else line

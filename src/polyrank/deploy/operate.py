@@ -1,0 +1,223 @@
+"""The server of a deployment: its processes, its nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from polyrank.deploy import control, supervise
+from polyrank.deploy.certificates import expires
+from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Node, environment, nginx, program
+from polyrank.deploy.supervise import Service
+from polyrank.files import write_json, write_text
+
+SUPERLINK, SUPEREXEC, GATEWAY = "superlink", "superexec", "gateway"
+
+
+def services(deployment: Deployment, gateway: bool) -> list[Service]:
+    """The processes of a server.
+
+    The ServerApp runs under a SuperExec of its own rather than under the SuperLink, so that a run survives the
+    SuperLink's restart, and nobody takes work from the SuperLink without the secret.
+    """
+    state, server, ca = deployment.folder / "state", deployment.folder / "server", str(deployment.authority)
+    superlink = [
+        *(program("flower-superlink"), "--host", LOOPBACK, "--port", str(deployment.settings.superlink_port)),
+        *("--ssl-certfile", str(server / "server.crt"), "--ssl-keyfile", str(server / "server.key")),
+        *("--ssl-ca-certfile", ca, "--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        *("--database", str(state / "superlink.db"), "--isolation", "process"),
+        *("--superexec-auth-secret-file", str(deployment.secret)),
+    ]
+    superexec = [
+        *(program("flower-superexec"), "--runtime-api-address", deployment.superlink, "--root-certificates", ca),
+        *("--superexec-auth-secret-file", str(deployment.secret)),
+    ]
+    commands = {SUPERLINK: superlink, SUPEREXEC: superexec}
+    if gateway:
+        commands[GATEWAY] = [nginx(), "-p", str(deployment.run), "-c", str(deployment.folder / "nginx.conf")]
+    return [
+        Service(name, command, str(state), str(deployment.logs / f"{name}.log"), orphans=name == SUPEREXEC)
+        for name, command in commands.items()
+    ]
+
+
+def up(
+    deployment: Deployment, *, gateway: bool = False, telemetry: bool = False, patience: float = 90.0
+) -> dict[str, str]:
+    """Starts what of a server does not run, waits until it answers, and registers its nodes.
+
+    Args:
+        deployment: the server's.
+        gateway: whether nginx runs as well; without it, only this machine can reach the server.
+        telemetry: leaves Flower's telemetry and update checks on.
+        patience: seconds to wait for the SuperLink.
+
+    Returns:
+        Ids of the nodes, by name.
+
+    Raises:
+        DeployError: if it does not come up, with the last lines of its log.
+    """
+    if supervise.running(deployment.run, supervise.SUPERVISOR):
+        if gateway and not (deployment.run / f"{GATEWAY}.pid").exists():
+            raise DeployError(f"{deployment.folder}: runs without a gateway; `polyrank deploy down` it first")
+    else:
+        supervise.stop(deployment.run)  # what a supervisor that was killed has left
+        wanted = services(deployment, gateway)
+        _check_free("--superlink-port", LOOPBACK, deployment.settings.superlink_port)
+        if gateway:
+            _check_free("--port", deployment.settings.listen, deployment.settings.port)
+        supervise.start(deployment.run, wanted, environment(deployment.home, telemetry))
+    wait_healthy(deployment, deployment.settings.superlink_port, patience, SUPERLINK)
+    if gateway and deployment.settings.listen in (LOOPBACK, "0.0.0.0"):
+        wait_healthy(deployment, deployment.settings.port, patience, GATEWAY)
+    return register(deployment)
+
+
+def serve(deployment: Deployment, name: str, telemetry: bool = False) -> None:
+    """Becomes one process of a server, for systemd to supervise.
+
+    Raises:
+        DeployError: if there is no such process.
+    """
+    known = {service.name: service for service in services(deployment, name == GATEWAY)}
+    if name not in known:
+        raise DeployError(f"{name!r}: a server's processes are {SUPERLINK}, {SUPEREXEC} and {GATEWAY}")
+    service = known[name]
+    os.umask(0o077)
+    os.chdir(service.cwd)
+    os.execve(service.command[0], list(service.command), environment(deployment.home, telemetry))
+
+
+def register(deployment: Deployment) -> dict[str, str]:
+    """Makes the keys known that the SuperLink does not know yet; returns ids of all nodes, by name."""
+    control.connect(deployment)
+    path, known = _ids_file(deployment), control.nodes(deployment)
+    ids = {name: node_id for name, node_id in node_ids(deployment).items() if node_id in known}
+    for name in deployment.settings.names:
+        if name not in ids:
+            try:
+                ids[name] = control.register(deployment, name)
+            except control.ControlError:
+                # Its id was not written down, because this was interrupted: the one that nobody has is its.
+                nameless = sorted(known.keys() - ids.values())
+                if len(nameless) != 1:
+                    raise
+                ids[name] = nameless[0]
+            write_json(path, ids)
+    return {name: ids[name] for name in deployment.settings.names}
+
+
+def remove(deployment: Deployment, name: str) -> None:
+    """Makes a node's key unknown, so that it is refused, and forgets the node.
+
+    Raises:
+        DeployError: if there is no such node.
+    """
+    settings = deployment.settings
+    if name not in settings.names:
+        raise DeployError(f"node {name!r}: not one of {', '.join(settings.names)}")
+    ids = node_ids(deployment)
+    if name in ids:
+        control.unregister(deployment, ids.pop(name))
+        write_json(_ids_file(deployment), ids)
+    left = tuple(other for other in settings.names if other != name)
+    write_text(deployment.folder / "deploy.json", replace(settings, names=left).written())
+    (deployment.folder / "keys" / f"{name}.pub").unlink(missing_ok=True)
+
+
+def node_ids(deployment: Deployment) -> dict[str, str]:
+    """Ids of the nodes that were registered, by name."""
+    path = _ids_file(deployment)
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def online(deployment: Deployment) -> dict[str, str]:
+    """The state of every node, by name: ``online``, ``offline``, ``registered`` or ``unknown``."""
+    states, ids = control.nodes(deployment), node_ids(deployment)
+    return {name: states.get(ids.get(name, ""), "unknown") for name in deployment.settings.names}
+
+
+def status(deployment: Deployment) -> dict[str, Any]:
+    """What runs, who is connected, and until when the certificate is valid."""
+    from polyrank.deploy.follow import submitted
+
+    until = expires((deployment.folder / "server" / "server.crt").read_bytes())
+    found: dict[str, Any] = {
+        "processes": processes(deployment),
+        "healthy": healthy(deployment, deployment.settings.superlink_port),
+        "certificate_days": (until - datetime.now(UTC)).days,
+        "nodes": dict.fromkeys(deployment.settings.names, "unknown"),
+        "runs": [],
+    }
+    if found["healthy"]:
+        known, folders = control.statuses(deployment), submitted(deployment)
+        found["nodes"] = online(deployment)
+        found["runs"] = [{"id": i, "status": state, "folder": folders.get(i, "")} for i, state in known.items()]
+    return found
+
+
+def processes(place: Deployment | Node) -> dict[str, int | None]:
+    """Pids of a server's or node's processes by name; None of one that does not run."""
+    return {name: supervise.running(place.run, name) for name in supervise.names(place.run)}
+
+
+def down(place: Deployment | Node) -> list[str]:
+    """Ends all processes of a server or a node that were started from its folder; returns their names."""
+    return supervise.stop(place.run)
+
+
+def healthy(deployment: Deployment, port: int) -> bool:
+    """Whether the server answers on a port, with a certificate of the deployment's authority."""
+    trusted = ssl.create_default_context(cafile=str(deployment.authority))
+    try:
+        with httpx.Client(verify=trusted, trust_env=False, timeout=5) as client:
+            return client.get(f"https://{LOOPBACK}:{port}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def wait_healthy(deployment: Deployment, port: int, patience: float, name: str) -> None:
+    """Waits until the server answers on a port.
+
+    Raises:
+        DeployError: if it does not in time, with the end of the log of the process called `name`.
+    """
+    deadline = time.monotonic() + patience
+    while not healthy(deployment, port):
+        if time.monotonic() > deadline:
+            log = deployment.logs / f"{name}.log"
+            raise DeployError(f"{name} does not answer on port {port} after {patience:.0f} s; {log} ends:\n{tail(log)}")
+        time.sleep(0.3)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log, without colours."""
+    if not log.is_file():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(log.stat().st_size - 400 * lines, 0))
+        return "\n".join(control.plain(file.read().decode(errors="replace")).splitlines()[-lines:])
+
+
+def _ids_file(deployment: Deployment) -> Path:
+    return deployment.folder / "state" / "nodes.json"
+
+
+def _check_free(option: str, address: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise DeployError(f"{option}: port {port} of {address} cannot be listened on: {error.strerror}") from None

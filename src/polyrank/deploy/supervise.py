@@ -1,0 +1,264 @@
+"""Keeps processes running in the background, and ends them: pid files, logs, restarts.
+
+``python -P supervise.py FOLDER`` reads ``FOLDER/services.json`` and runs what it lists until it is told to stop. It is
+run as a file, and knows the standard library alone, so that a supervisor takes some megabytes and not those of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SUPERVISOR = "supervisor"
+_SETTLED = 60.0  # seconds after which a process counts as started well
+_LONGEST_PAUSE = 10.0  # seconds between restarts; the first is 1 s, and each is twice as long as the one before
+_GRACE = 15.0  # seconds between asking a process to end and ending it
+_LOG_BYTES = 20_000_000  # a log that is larger when its process starts is set aside, in place of the one before
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process to keep running.
+
+    Attributes:
+        name: of its pid file and its log.
+        command: the program, by its path, and its arguments.
+        cwd: its working directory.
+        log: where its output goes.
+        orphans: whether the processes it started may outlive it when it ends by itself.
+    """
+
+    name: str
+    command: Sequence[str]
+    cwd: str
+    log: str
+    orphans: bool = False
+
+
+def start(folder: Path, services: Sequence[Service], environment: Mapping[str, str]) -> None:
+    """Starts a supervisor of these services, detached from this process.
+
+    Args:
+        folder: for its pid files.
+        services: started in this order and ended in the reverse.
+        environment: all variables that the services have. They are handed on, and not stored.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stored = folder / "services.json"
+    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump([asdict(service) for service in services], file)
+    command = [sys.executable, "-P", __file__, str(folder), "--detach"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=folder, env=dict(environment))
+    deadline = time.monotonic() + 10
+    while not running(folder, SUPERVISOR) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def stop(folder: Path) -> list[str]:
+    """Ends the supervisor whose pid files lie in a folder, and its services; returns the names of what ran.
+
+    A process is ended only if it is the one that the pid file was written for, by the time it started.
+    """
+    found = [name for name in names(folder) if running(folder, name)]
+    if SUPERVISOR in found:
+        with suppress(ProcessLookupError):
+            os.kill(_read(folder, SUPERVISOR)[0], signal.SIGTERM)
+        _until(lambda: not running(folder, SUPERVISOR), 2 * _GRACE)
+    for name in names(folder):  # what a supervisor that was killed has left
+        if running(folder, name):
+            _end_group(_read(folder, name)[0])
+        (folder / f"{name}.pid").unlink(missing_ok=True)
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    """What has a pid file in a folder, the supervisor first."""
+    found = sorted(path.stem for path in folder.glob("*.pid"))
+    return sorted(found, key=lambda name: name != SUPERVISOR)
+
+
+def running(folder: Path, name: str) -> int | None:
+    """The pid of a process that a pid file names, if it runs and is the one it was written for."""
+    pid, since = _read(folder, name)
+    return pid if since and started(pid) == since else None
+
+
+def started(pid: int) -> str | None:
+    """When a process started, as a word that no later process with its pid shares; None if it does not run."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if stat[0] in "ZX" else f"{boot}:{stat[19]}"
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
+    state, _, since = shown.stdout.strip().partition(" ")
+    return since.strip() if since and not state.startswith("Z") else None
+
+
+def supervise(folder: Path, services: Sequence[Service], environment: Mapping[str, str]) -> None:
+    """Runs services until this process is told to end, and starts again what ends by itself."""
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: told.set())
+    _write(folder, SUPERVISOR, os.getpid())
+    kept = [_Kept(folder, service, environment) for service in services]
+    while not told.wait(0.2):
+        for each in kept:
+            each.check()
+    for each in reversed(kept):
+        each.end()
+    (folder / f"{SUPERVISOR}.pid").unlink(missing_ok=True)
+
+
+class _Kept:
+    """One service: its process, and when to start it again."""
+
+    def __init__(self, folder: Path, service: Service, environment: Mapping[str, str]) -> None:
+        self.folder, self.service, self.environment = folder, service, dict(environment)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.failures, self.since, self.next = 0, 0.0, 0.0
+        self.outlived: list[int] = []  # groups whose first process ended and others did not
+
+    def check(self) -> None:
+        """Starts the process if it is time, and notices that it has ended."""
+        now = time.monotonic()
+        self.outlived = [pid for pid in self.outlived if _group_alive(pid)]
+        if self.process is None:
+            if now >= self.next:
+                self._start()
+            return
+        code = self.process.poll()
+        if code is None:
+            return
+        if self.service.orphans:
+            self.outlived.append(self.process.pid)
+        else:
+            _end_group(self.process.pid)
+        self.failures = 0 if now - self.since > _SETTLED else self.failures + 1
+        pause = min(2.0 ** max(self.failures - 1, 0), _LONGEST_PAUSE)
+        self._note(f"ended with code {code}; starts again in {pause:.0f} s")
+        self.process, self.next = None, now + pause
+
+    def end(self) -> None:
+        """Ends the process and all of its group."""
+        if self.process is not None:
+            _end_group(self.process.pid, self.process)
+            self._note("stopped")
+        for pid in self.outlived:
+            _end_group(pid)
+        (self.folder / f"{self.service.name}.pid").unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        log, service = Path(self.service.log), self.service
+        if log.exists() and log.stat().st_size > _LOG_BYTES:
+            log.replace(log.with_suffix(".log.1"))
+        self._note("starts")
+        self.since = time.monotonic()
+        try:
+            with open(log, "ab") as output:
+                self.process = subprocess.Popen(
+                    list(service.command),
+                    env=self.environment,
+                    cwd=service.cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._note(f"does not start: {error}")
+            self.next = self.since + _LONGEST_PAUSE
+            return
+        _write(self.folder, service.name, self.process.pid)
+
+    def _note(self, text: str) -> None:
+        with open(self.service.log, "a") as log:
+            log.write(f"[supervisor] {time.strftime('%Y-%m-%d %H:%M:%S')} {self.service.name} {text}\n")
+
+
+def _end_group(pid: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Asks all processes of a group to end, waits, and ends what is left."""
+    for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(pid, number)
+        except (ProcessLookupError, PermissionError):  # of a group of zombies, macOS says the latter
+            break
+        if _until(lambda: not _group_alive(pid, process), patience):
+            break
+    if process is not None:
+        process.wait()
+
+
+def _group_alive(pid: int, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Whether a process group has a member that is not a zombie."""
+    if process is not None:
+        process.poll()  # a zombie of ours is a member of its group until it is waited for
+    try:
+        os.killpg(pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    members = list(_group_members(pid))
+    return not members or any(started(member) for member in members)
+
+
+def _group_members(pid: int) -> Iterator[int]:
+    """Members of a process group, where the system lists them in /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):
+            if int(stat.read_text().rpartition(")")[2].split()[2]) == pid:
+                yield int(stat.parent.name)
+
+
+def _until(done: Callable[[], bool], patience: float) -> bool:
+    """Waits for a condition; whether it came true in time."""
+    deadline = time.monotonic() + patience
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _write(folder: Path, name: str, pid: int) -> None:
+    path = folder / f"{name}.pid"
+    temporary = folder / f".{name}.tmp"
+    temporary.write_text(json.dumps({"pid": pid, "started": started(pid)}))
+    os.replace(temporary, path)
+
+
+def _read(folder: Path, name: str) -> tuple[int, str]:
+    """The pid in a pid file and when its process started; nothing of a file that is not there or not whole."""
+    try:
+        found = json.loads((folder / f"{name}.pid").read_text())
+        return int(found["pid"]), found["started"] or ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, ""
+
+
+def main(folder: Path, detach: bool) -> None:
+    """Runs the services of a folder, in the background if asked."""
+    services = [Service(**entry) for entry in json.loads((folder / "services.json").read_text())]
+    os.umask(0o077)
+    if detach:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        output = os.open(folder / f"{SUPERVISOR}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+    supervise(folder, services, os.environ)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "--detach" in sys.argv[2:])

@@ -1,0 +1,190 @@
+"""The text files of a deployment, as templates of `string.Template`."""
+
+APP = """\
+# The app that Flower sends to the nodes. It holds no code: its components name modules that are installed there.
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "polyrank"
+version = "$version"
+description = "polyrank on Flower"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "polyrank"
+
+[tool.flwr.app.components]
+serverapp = "$serverapp"
+clientapp = "$clientapp"
+
+[tool.flwr.app.config]
+folder = ""
+"""
+
+NGINX = """\
+# The gateway. SuperLink serves nodes, runs and control on one port, and asks nobody who controls it for a key: so it
+# stays on loopback, and only what nodes need leaves this machine.
+daemon off;
+worker_processes 1;
+pid $folder/run/nginx.id;
+error_log $folder/logs/gateway-errors.log;
+events { worker_connections 1024; }
+http {
+  access_log off;
+  server_tokens off;
+  client_body_temp_path $folder/run/nginx-body;
+  proxy_temp_path $folder/run/nginx-proxy;
+  fastcgi_temp_path $folder/run/nginx-fastcgi;
+  uwsgi_temp_path $folder/run/nginx-uwsgi;
+  scgi_temp_path $folder/run/nginx-scgi;
+  server {
+    listen $listen ssl;
+    ssl_certificate $folder/server/server.crt;
+    ssl_certificate_key $folder/server/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    client_max_body_size 32m;  # Flower sends arrays in pieces of 5 MB
+    proxy_request_buffering off;  # what is sent goes through memory, and is not written to this disk on its way
+    proxy_buffering off;
+    proxy_read_timeout 300s;
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_ssl_verify on;
+    proxy_ssl_trusted_certificate $folder/ca/ca.crt;
+    proxy_ssl_name localhost;
+    # With a path in proxy_pass, what is passed on is the path that was compared, and not one that reads otherwise.
+    location /v1/fleet/ { proxy_pass https://$superlink/v1/fleet/; }
+    location = /health { proxy_pass https://$superlink/health; }
+    location / { return 403; }
+  }
+}
+"""
+
+SERVER_UNIT = """\
+[Unit]
+Description=$description
+After=network-online.target$after
+Wants=network-online.target
+
+[Service]
+User=$user
+WorkingDirectory=$folder
+ExecStart=$command
+Restart=always
+RestartSec=10
+UMask=0077
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=full
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+NODE_UNIT = """\
+# A site's node. The instance is the name of its folder in /etc/polyrank: `systemctl enable --now polyrank-node@$name`.
+# RestartSec: Flower's node exits, rather than waits, while the server still holds the lease of the process before it.
+[Unit]
+Description=polyrank node %i
+After=network-online.target time-sync.target
+Wants=network-online.target time-sync.target
+
+[Service]
+User=polyrank
+WorkingDirectory=/etc/polyrank/%i
+ExecStart=/opt/polyrank/bin/polyrank deploy join /etc/polyrank/%i --foreground
+Restart=always
+RestartSec=10
+UMask=0077
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=full
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+SITE = """\
+# What this site tells polyrank of itself. Data and this file stay here.
+# See `docs/deploy.md` of polyrank for every key.
+name: $name
+"""
+
+NODE_README = """\
+# Node $name
+
+This folder makes a machine the node `$name` of the federation at $superlink. `node.key` is this node's identity:
+whoever has it can take part under this name. Keep it on this machine, readable by one user.
+
+1. Install, in a virtual environment: `pip install 'polyrank[flower]'`. The code that trains is the one installed here;
+   the server sends none.
+2. Say in `site.yaml` where this site's data is and what the machine can afford.
+3. Keep the clock right (NTP): the server refuses a node whose clock is more than 5 seconds ahead or 5 minutes behind.
+4. Start: `polyrank deploy join .`. It connects to $superlink, which must be reachable; nothing connects to this machine.
+
+`polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, `polyrank deploy down .`
+ends it. With systemd: copy this folder to `/etc/polyrank/$name`, owned by the user that runs it, and
+`polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
+`systemctl enable --now polyrank-node@$name`.
+
+| file | what it is |
+|---|---|
+| `node.key` | the private key; never leaves this machine |
+| `ca.crt` | the authority that the server's certificate is checked against |
+| `node.json` | the node's name and the server's address |
+| `site.yaml` | this site's configuration; it is not sent |
+"""
+
+README = """\
+# A polyrank deployment
+
+The server is dialled as $public; it has $count: $names. Everything below is run by one user, in this folder's parent
+environment (`pip install 'polyrank[flower]'`), and nothing in this folder but `nodes/` leaves the machine.
+
+## Server
+
+```sh
+polyrank deploy up $folder --gateway        # SuperLink, SuperExec and nginx; registers the nodes' keys
+polyrank deploy status $folder              # processes, nodes, runs, and until when the certificate is valid
+polyrank deploy run $folder FILE.yaml       # a run, followed to its end
+polyrank deploy resume $folder runs/NAME    # follows a run again, or continues it
+polyrank deploy logs $folder superlink      # or superexec, gateway, supervisor
+polyrank deploy down $folder                # ends all of it; a later `up` goes on with the same nodes
+```
+
+With systemd instead of `up`:
+
+```sh
+sudo cp $folder/systemd/*.service /etc/systemd/system/
+sudo systemctl enable --now polyrank-superlink polyrank-superexec polyrank-gateway
+polyrank deploy register $folder
+```
+
+Open port $port to the sites, and no other: the SuperLink's own port, $superlink_port, must stay on loopback, because
+whoever reaches it can start runs.
+
+## Sites
+
+Hand each site its folder of `nodes/`, over a channel that only its operator can read, then delete it here; the server
+needs the public keys in `keys/` alone.
+
+$sites
+## Keys
+
+| file | what it is | when it is lost or known to others |
+|---|---|---|
+| `ca/ca.key` | signs server certificates; needed by `polyrank deploy renew` alone, so keep it elsewhere | make a new deployment |
+| `server/server.key` | the server's identity | `polyrank deploy renew` |
+| `server/superexec.secret` | lets SuperExec take work from SuperLink | replace the file, restart |
+| `nodes/NAME/node.key` | a node's identity | `polyrank deploy remove $folder NAME`, then `add` |
+"""
+
+README_SITE = """\
+```sh
+scp -r $folder/nodes/$name SITE:           # then, on the machine of $name:
+polyrank deploy join $name --superlink $public --config $name/site.yaml
+```
+
+"""

@@ -1,0 +1,124 @@
+"""Processes that are kept running: real ones, small ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from polyrank.deploy import supervise
+from polyrank.deploy.supervise import SUPERVISOR, Service
+
+SLEEPS = "import time; time.sleep(600)"
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEPS!r}])"
+
+
+def service(folder: Path, name: str, code: str, **more: bool) -> Service:
+    return Service(name, [sys.executable, "-S", "-c", code], str(folder), str(folder / f"{name}.log"), **more)
+
+
+def soon(true: Callable[[], object], patience: float = 20) -> None:
+    deadline = time.monotonic() + patience
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def started(folder: Path, *services: Service) -> dict[str, int]:
+    """Pids by name, once all run."""
+    supervise.start(folder, services, os.environ)
+    wanted = [SUPERVISOR, *(each.name for each in services)]
+    soon(lambda: all(supervise.running(folder, name) for name in wanted))
+    return {name: pid for name in wanted if (pid := supervise.running(folder, name))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def test_what_ends_is_started_again_and_stop_ends_all(folder: Path) -> None:
+    pids = started(folder, service(folder, "a", SLEEPS), service(folder, "b", PARENT))
+    try:
+        soon(lambda: psutil.Process(pids["b"]).children())
+        below = psutil.Process(pids["b"]).children()[0].pid
+        os.kill(pids["a"], signal.SIGKILL)
+        soon(lambda: supervise.running(folder, "a") not in (None, pids["a"]))
+        again = supervise.running(folder, "a")
+        assert supervise.running(folder, "b") == pids["b"]
+    finally:
+        assert set(supervise.stop(folder)) == {SUPERVISOR, "a", "b"}
+    assert again is not None
+    assert not any(alive(pid) for pid in (*pids.values(), again, below))
+    assert list(folder.glob("*.pid")) == []
+    assert "a ended with code -9; starts again in 1 s" in (folder / "a.log").read_text()
+    assert supervise.stop(folder) == []
+
+
+def test_what_a_killed_supervisor_left_is_ended(folder: Path) -> None:
+    pids = started(folder, service(folder, "a", PARENT))
+    os.kill(pids[SUPERVISOR], signal.SIGKILL)
+    soon(lambda: not alive(pids[SUPERVISOR]))
+    assert alive(pids["a"])
+    assert supervise.stop(folder) == ["a"]
+    assert not alive(pids["a"])
+
+
+def test_a_stranger_with_the_pid_of_a_pid_file_lives(folder: Path) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", SLEEPS], start_new_session=True)
+    try:
+        (folder / "a.pid").write_text(json.dumps({"pid": stranger.pid, "started": "some other time"}))
+        (folder / "b.pid").write_text("not JSON")
+        assert supervise.running(folder, "a") is None
+        assert supervise.stop(folder) == []
+        assert stranger.poll() is None
+        assert list(folder.glob("*.pid")) == []
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+@pytest.mark.parametrize("orphans", [True, False])
+def test_children_outlive_their_parent_only_where_they_may(folder: Path, orphans: bool) -> None:
+    pids = started(folder, service(folder, "a", PARENT, orphans=orphans))
+    try:
+        soon(lambda: psutil.Process(pids["a"]).children())
+        below = psutil.Process(pids["a"]).children()[0].pid
+        os.kill(pids["a"], signal.SIGKILL)
+        soon(lambda: supervise.running(folder, "a") not in (None, pids["a"]))
+        assert alive(below) == orphans
+    finally:
+        supervise.stop(folder)
+    assert not alive(below)
+
+
+def test_one_that_cannot_start_does_not_end_the_others(folder: Path) -> None:
+    wrong = Service("wrong", ["/no/such/program"], str(folder), str(folder / "wrong.log"))
+    supervise.start(folder, [wrong, service(folder, "a", SLEEPS)], os.environ)
+    try:
+        soon(lambda: supervise.running(folder, "a"))
+        assert "wrong does not start" in (folder / "wrong.log").read_text()
+    finally:
+        supervise.stop(folder)
+
+
+def test_the_environment_reaches_processes_and_no_file(folder: Path) -> None:
+    code = f"import os; open({str(folder / 'seen')!r}, 'w').write(os.environ['TOKEN']); {SLEEPS}"
+    supervise.start(folder, [service(folder, "a", code)], {"TOKEN": "s3cret"})
+    try:
+        soon(lambda: (folder / "seen").exists() and (folder / "seen").read_text())
+        assert (folder / "seen").read_text() == "s3cret"
+        (folder / "seen").unlink()
+        assert not any("s3cret" in path.read_text() for path in folder.iterdir() if path.is_file())
+    finally:
+        supervise.stop(folder)
