@@ -90,7 +90,7 @@ def test_a_missing_file_and_an_unknown_client(tmp_path: Path, digits_file: Path)
 def test_a_keeper_answers_as_the_site_does_and_outlives_mistakes(tmp_path: Path) -> None:
     path = write(tmp_path, data="digits", threads=1)
     asked = ask_profile(DIGITS)
-    command = [sys.executable, "-m", "polyrank", "deploy", "keep", str(path)]
+    command = [sys.executable, "-m", "polyrank.cli", "deploy", "keep", str(path)]
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as keeper:
         try:
             ends = time.monotonic() + 120

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.cli.app import Json, Quiet, Set, app, err, mistakes, out, plain
+from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, out, plain
 
 if TYPE_CHECKING:
     from polyrank.deploy.layout import Deployment
@@ -164,6 +166,7 @@ def join(
         Path | None, typer.Option(help="The site's configuration; NODE_DIR/site.yaml if left out.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Where the site's data is, instead of as configured.")] = None,
+    keep: Annotated[bool, typer.Option(help="Keep the model loaded between messages.")] = True,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for systemd.")] = False,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the connection.")] = 30,
     telemetry: Telemetry = False,
@@ -173,7 +176,8 @@ def join(
         from polyrank.deploy import join as joining
         from polyrank.deploy.operate import tail
 
-        node = joining.join(folder, superlink, site=config, data=data, foreground=foreground, telemetry=telemetry)
+        options = {"site": config, "data": data, "keep": keep, "foreground": foreground, "telemetry": telemetry}
+        node = joining.join(folder, superlink, **options)  # type: ignore[arg-type]
         if foreground:
             return
         if joining.connected(node, wait) is None:
@@ -181,6 +185,20 @@ def join(
             err.print(f"{node.name}: not connected after {wait:g} s, and goes on trying", highlight=False)
             raise typer.Exit(1)
         say(f"{node.name}: connected to {superlink or node.superlink}")
+
+
+@deploy.command()
+def keep(
+    site: Annotated[Path, typer.Argument(help="The site's configuration.")],
+    data: Annotated[Path | None, typer.Option(help="Where its data is, instead of as configured.")] = None,
+) -> None:
+    """Load a site's data and answer for it, in the foreground, until stopped: `join` starts one."""
+    with flower():
+        from polyrank.deploy.keeper import keep as answering_with
+        from polyrank.deploy.site import Site
+
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        answering_with(site.resolve(), Site(site.resolve(), data).answer)
 
 
 @deploy.command()
@@ -347,3 +365,36 @@ def answering(folder: Path) -> Deployment:
 def say(text: str) -> None:
     """Prints a line as it is."""
     out.print(plain(text), highlight=False, soft_wrap=True)
+
+
+@deploy.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to make it in.")] = Path("polyrank-demo"),
+    nodes: Annotated[int, typer.Option(min=2, help="How many clients.")] = 3,
+    set_: Set = None,
+) -> None:
+    """Deploy on this machine, over TLS and with a key per node, run the digits, and compare with the simulator."""
+    with flower():
+        from polyrank.deploy import demo as demonstration
+        from polyrank.deploy.layout import DeployError, nginx
+        from polyrank.experiment.loading import load
+        from polyrank.report.terminal import Progress, results_table
+
+        try:
+            gateway = bool(nginx())
+        except DeployError:
+            gateway = False
+        sizes = [f"data.clients={nodes}", f"deployment.clients={nodes}"]
+        experiment = load(embedded("deploy.yaml"), [*sizes, *(set_ or [])])
+        with Progress(out, experiment.rounds, 0).shown() as progress:
+            found = demonstration.demo(folder, experiment, progress, say, gateway=gateway)
+        summary = found.run.summary()
+        if not found.outcome.completed or summary is None:
+            for line in found.outcome.errors:
+                err.print(plain(line), highlight=False, soft_wrap=True)
+            raise DeployError(f"{found.outcome}; logs are in {folder}/logs and {folder}/nodes/NAME/logs")
+        out.print(results_table(summary))
+        if not found.equal:
+            raise DeployError(f"{found.run.folder}: its adapter is not the simulator's, {found.simulated.folder}")
+        say(f"adapter in {found.run.adapter}: byte for byte the simulator's")
+        say(f"{found.run.folder}/audit.jsonl says who sent what")

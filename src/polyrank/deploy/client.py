@@ -1,6 +1,7 @@
 """The Flower app of a client: hands a message's bytes to its site, and the answer back.
 
-A node is started with ``site="/path/to/site.yaml"`` in its configuration, which never leaves it.
+A node is started with a configuration that never leaves it: ``site``, the path of its file; ``data``, its training data
+where that is not as the file says; and ``keep``, whether a keeper answers (`polyrank.deploy.keeper`).
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from polyrank.deploy.keeper import ask
+from polyrank.engines.exchange import Kind
 from polyrank.engines.flower import answer, blob_of
 
 app = ClientApp()
@@ -17,22 +19,24 @@ app = ClientApp()
 @app.query("profile")
 def profile(message: Message, context: Context) -> Message:
     """What this client is."""
-    return answer(message, ask(_site(context), "profile", blob_of(message)))
+    return _answer("profile", message, context)
 
 
 @app.query("measure")
 def measure(message: Message, context: Context) -> Message:
     """Which layers matter on its data."""
-    return answer(message, ask(_site(context), "measure", blob_of(message)))
+    return _answer("measure", message, context)
 
 
 @app.train()
 def fit(message: Message, context: Context) -> Message:
     """A round's training."""
-    return answer(message, ask(_site(context), "fit", blob_of(message)))
+    return _answer("fit", message, context)
 
 
-def _site(context: Context) -> Path:
-    if "site" not in context.node_config:
+def _answer(kind: Kind, message: Message, context: Context) -> Message:
+    own = context.node_config
+    if "site" not in own:
         raise ValueError("the node's configuration has no site; start it with `polyrank deploy join`")
-    return Path(str(context.node_config["site"]))
+    site, data = Path(str(own["site"])), Path(str(own["data"])) if "data" in own else None
+    return answer(message, ask(site, kind, blob_of(message), data=data, keeper=bool(own.get("keep"))))

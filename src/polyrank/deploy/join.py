@@ -16,30 +16,34 @@ from polyrank.deploy.control import plain
 from polyrank.deploy.layout import LOOPBACK, DeployError, Node, environment, free_port, program, write_private
 from polyrank.deploy.supervise import Service
 
-SUPERNODE, SUPEREXEC = "supernode", "superexec"
+SUPERNODE, SUPEREXEC, KEEPER = "supernode", "superexec", "keeper"
 AHEAD, BEHIND = 5.0, 300.0  # seconds by which the server lets a node's clock differ
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}")
 _CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 
 
-def services(node: Node, superlink: str, site: Path, data: Path | None = None) -> list[Service]:
-    """The processes of a node; the SuperExec starts what trains.
+def services(node: Node, superlink: str, site: Path, data: Path | None, keep: bool) -> list[Service]:
+    """The processes of a node; the SuperExec starts what answers a message, or asks the keeper to.
 
     The SuperNode hands work out on a port of loopback, to who knows a secret that is made here.
     """
     if not node.secret.exists():
         write_private(node.secret, secrets.token_bytes(48))
     port, secret = str(free_port()), ("--superexec-auth-secret-file", str(node.secret))
-    config = f'site="{site}"' + ("" if data is None else f' data="{data}"')
+    config = f'site="{site}"' + ("" if data is None else f' data="{data}"') + (" keep=true" if keep else "")
     supernode = [
         *(program("flower-supernode"), "--superlink", superlink, "--root-certificates", str(node.authority)),
         *("--auth-supernode-private-key", str(node.key), "--host", LOOPBACK, "--port", port),
         *("--isolation", "process", *secret, "--node-config", config),
     ]
     superexec = [program("flower-superexec"), "--runtime-api-address", f"{LOOPBACK}:{port}", "--insecure", *secret]
+    commands = {SUPERNODE: supernode, SUPEREXEC: superexec}
+    if keep:
+        own = [] if data is None else ["--data", str(data)]
+        commands = {KEEPER: [program("polyrank"), "deploy", "keep", str(site), *own], **commands}
     return [
         Service(name, command, str(node.folder / "state"), str(node.logs / f"{name}.log"))
-        for name, command in ((SUPERNODE, supernode), (SUPEREXEC, superexec))
+        for name, command in commands.items()
     ]
 
 
@@ -49,6 +53,7 @@ def join(
     *,
     site: Path | None = None,
     data: Path | None = None,
+    keep: bool = True,
     foreground: bool = False,
     telemetry: bool = False,
 ) -> Node:
@@ -59,6 +64,8 @@ def join(
         superlink: ``host:port`` of the server; as the server's operator wrote it if left out.
         site: the site's configuration; site.yaml of the folder if left out.
         data: where the site's data is, instead of where its configuration says.
+        keep: whether a process keeps the model loaded. Flower starts another one for every message, which would
+            have to load it.
         foreground: supervise in this process, for systemd.
         telemetry: leaves Flower's telemetry and update checks on.
 
@@ -73,7 +80,7 @@ def join(
     for place in (node.folder / "state", node.home, node.run, node.logs):
         place.mkdir(mode=0o700, exist_ok=True)
     supervise.stop(node.run)  # what a supervisor that was killed has left
-    wanted = services(node, address, config, data.resolve() if data else None)
+    wanted = services(node, address, config, data.resolve() if data else None, keep)
     start = supervise.supervise if foreground else supervise.start
     start(node.run, wanted, environment(node.home, telemetry))
     return node

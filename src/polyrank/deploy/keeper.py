@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ _HEAD = struct.Struct(">BQ")
 _KINDS: tuple[Kind, ...] = ("profile", "fit", "measure")
 _BUSY = 64  # requests that may wait
 
+PATIENCE = 600.0
+"""Seconds in which a keeper must have loaded its model."""
+
 
 class SiteError(RuntimeError):
     """What a site could not do, in its words."""
@@ -32,24 +36,46 @@ def socket_of(site: Path) -> Path:
     return site.with_suffix(".sock")
 
 
-def ask(site: Path, kind: Kind, blob: bytes) -> bytes:
+def ask(site: Path, kind: Kind, blob: bytes, *, data: Path | None = None, keeper: bool = False) -> bytes:
     """A site's answer: from its keeper where one runs, or else made here.
 
-    Raises:
-        SiteError: if the keeper could not answer.
-    """
-    with socket.socket(socket.AF_UNIX) as line:
-        try:
-            line.connect(str(socket_of(site)))
-        except (FileNotFoundError, ConnectionRefusedError):
-            from polyrank.deploy.site import Site  # heavy, and not needed where a keeper runs
+    Args:
+        site: its file.
+        kind: of the message.
+        blob: the message.
+        data: its training data, where that is not as the file says.
+        keeper: whether there must be one, which is waited for while it loads.
 
-            return Site(site).answer(kind, blob)
+    Raises:
+        SiteError: if the keeper could not answer, or there is none where there must be.
+    """
+    line = _connected(socket_of(site), PATIENCE if keeper else 0.0)
+    if line is None and keeper:
+        raise SiteError(f"{site}: no keeper has answered for {PATIENCE:.0f} s; see its log")
+    if line is None:
+        from polyrank.deploy.site import Site  # heavy, and not needed where a keeper runs
+
+        return Site(site, data).answer(kind, blob)
+    with line:
         _send(line, _KINDS.index(kind), blob)
         failed, reply = _receive(line)
     if failed:
         raise SiteError(reply.decode(errors="replace"))
     return reply
+
+
+def _connected(path: Path, patience: float) -> socket.socket | None:
+    ends = time.monotonic() + patience
+    while True:
+        line = socket.socket(socket.AF_UNIX)
+        try:
+            line.connect(str(path))
+            return line
+        except (FileNotFoundError, ConnectionRefusedError):
+            line.close()
+        if time.monotonic() >= ends:
+            return None
+        time.sleep(0.2)
 
 
 def keep(site: Path, answer: Callable[[Kind, bytes], bytes]) -> None:

@@ -95,10 +95,11 @@ class Site:
 
     Args:
         path: its configuration. Beside it, ``history.jsonl`` says what has left this machine.
+        data: its training data, where that is not as the file says.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.config = path, read_site(path)
+    def __init__(self, path: Path, data: Path | None = None) -> None:
+        self.path, self.config = path, read_site(path, data)
         torch.set_num_threads(self.config.threads or default_threads())
         self.device = pick_device(self.config.device)
         self.holdings = _holdings(self.config)
@@ -174,8 +175,8 @@ class Site:
             os.fsync(file.fileno())
 
 
-def read_site(path: Path) -> SiteConfig:
-    """A site's file; paths in it are seen from it.
+def read_site(path: Path, data: Path | None = None) -> SiteConfig:
+    """A site's file; paths in it are seen from it. `data` is its training data, where that is not as the file says.
 
     Raises:
         ConfigError: naming the file, the key, the value and what would be valid.
@@ -186,6 +187,10 @@ def read_site(path: Path) -> SiteConfig:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
+    if data is not None:
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict) or "train" not in raw["data"]:
+            raise ConfigError(f"{path}: data.train: missing, which --data {data} would replace")
+        raw["data"]["train"] = data.resolve()
     config, folder = validated(SiteConfig, raw, str(path)), path.resolve().parent
     parts = {key: anchored(part, folder) for key in ("data", "rehearse") if (part := getattr(config, key)) is not None}
     return config.model_copy(update={"model": located(config.model, folder), **parts})
