@@ -4,14 +4,14 @@ What is no sum of products, such as a coordinate-wise median of them, has no fac
 again when they are needed. So the N x n matrix is never in memory: a pass over it makes its rows, some at a time, and
 every route here is a few passes.
 
-    gram     V from the eigenvectors of ``M^T M``, summed over blocks: exact, 2 passes, where n is small
-    krylov   V from a block Krylov space of ``M^T M`` on a random start: 4 passes, and near the best approximation
+    gram     V from the eigenvectors of ``M^T M``, summed over blocks: exact, 2 passes, where n^2 words are few
+    krylov   V from a block Krylov space of ``M^T M`` on a random start: 4 passes, and close to the best approximation
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,21 +41,19 @@ class Approximation(NamedTuple):
     error: float
 
 
-def approximate(
-    blocks: Blocks, shape: tuple[int, int], rank: int, *, entry: float, device: torch.device | str = "cpu"
-) -> Approximation:
-    """The best approximation of `rank`, or nearly: of all in the space that the cheaper `route` finds, the best.
+def approximate(blocks: Blocks, shape: tuple[int, int], rank: int, device: torch.device | str = "cpu") -> Approximation:
+    """The best approximation of `rank`, or close to it: of all whose rows are in the space that was found, the best.
 
         M ~ (M V) V^T,   V (n x k) orthonormal
 
-    `gram` is exact down to singular values of about 1e-8 of the norm. `krylov` does not reach the best approximation
-    where singular values fall slowly: see ``_POWERS`` for what was seen of trimmed means of random updates.
+    Where ``M^T M`` is no larger than a block, it is exact, down to singular values of about 1e-8 of the norm, for 2
+    passes, 4 N n^2 operations in float64 and an eigenproblem. Elsewhere V is a Krylov space, for 4 passes and 20 N n l
+    operations, l = 3 (rank + 8), which falls short of the best where singular values fall slowly: see ``_POWERS``.
 
     Args:
         blocks: makes a pass over M.
-        shape: (N, n); transpose M so that n is the smaller, and passes are cheapest.
+        shape: (N, n); transpose M so that n is the smaller.
         rank: the largest rank of the result.
-        entry: operations that making an entry of M takes, for `route`.
         device: where the blocks are.
 
     References:
@@ -63,24 +61,8 @@ def approximate(
         Decomposition. arXiv 1504.05477.
     """
     rank = min(rank, *shape)
-    space = {"gram": _gram, "krylov": _krylov}[route(shape, rank, entry)]
+    space = _gram if shape[1] ** 2 <= BLOCK else _krylov
     return _onto(blocks, shape, space(blocks, shape[1], rank, torch.device(device)), rank)
-
-
-def route(shape: tuple[int, int], rank: int, entry: float) -> Literal["gram", "krylov"]:
-    """The cheaper route, by operations in float32 (float64 counts twice), with l = rank + 8:
-
-        gram     2 passes, + 4 N n^2 + 19 n^3               open where n^2 words are no more than a block
-        krylov   4 passes, + 8 l N n for each of 3 powers, + 36 l N n
-
-    >>> route((768, 768), 24, entry=500), route((4096, 4096), 64, entry=500)
-    ('gram', 'krylov')
-    """
-    N, n = shape
-    wide = min(rank + _OVERSAMPLE, n)
-    gram = N * n * (2 * entry + 4 * n) + 19 * n**3
-    krylov = N * n * ((_POWERS + 1) * entry + _POWERS * 8 * wide + _POWERS * 12 * wide)
-    return "gram" if n * n <= BLOCK and gram <= krylov else "krylov"
 
 
 def _gram(blocks: Blocks, n: int, rank: int, device: torch.device) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from polyrank.core.blockwise import BLOCK, Approximation, approximate
+from polyrank.core import blockwise
+from polyrank.core.blockwise import Approximation
 from polyrank.core.lowrank import LowRank, precision
 from polyrank.core.types import ServerState, Update
 from polyrank.methods.aggregate.products import settle
@@ -37,9 +38,9 @@ def trimmed_mean(
 
         D_xy = mean of (D_1, ..., D_K)_xy without the b largest and the b smallest,   b = ceil(trim K)
 
-    with ``D_i = s_i B_i A_i`` as `rows` has it, K the clients that count in the layer, and b never so large that nothing
-    is left. What the server keeps is the best approximation of D at its rank: D itself has full rank, however small
-    those of the clients are. Dense parameters likewise, entry by entry.
+    with ``D_i = s_i B_i A_i`` as `rows` has it, K the clients that count in the layer, and b never so large that
+    nothing is left. What the server keeps is the best approximation of D at its rank: D itself has full rank, however
+    small those of the clients are. Dense parameters likewise, entry by entry.
 
     Up to b clients may send anything, and what is no number counts as infinite. One or two clients cannot be trimmed:
     with ``layers: renormalise`` a layer that so few hold is theirs; with ``keep`` the others stand for what it was.
@@ -140,17 +141,14 @@ def robust_mean(xs: Sequence[LowRank], rank: int, trim: float) -> Approximation:
     if d_out < d_in:
         sides = [(A.mT, B.mT) for B, A in sides]
     N, n = max(d_out, d_in), min(d_out, d_in)
-    height = max(BLOCK // (len(xs) * n), 1)
+    height = max(blockwise.BLOCK // (len(xs) * n), 1)
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, N, height):
             yield middle_mean([left[start : start + height] @ right for left, right in sides], trim)
 
-    compared = 4 * cut(len(xs), trim) * len(xs)
-    entry = 2 * sum(x.rank for x in xs) + 10 * compared  # a comparison is bound by memory
-    best = approximate(blocks, (N, n), rank, entry=entry, device=xs[0].A.device)
-    x = best.x
-    return best if d_out >= d_in else best._replace(x=LowRank(x.B.mT, x.A.mT))
+    best = blockwise.approximate(blocks, (N, n), rank, xs[0].A.device)
+    return best if d_out >= d_in else best._replace(x=LowRank(best.x.B.mT, best.x.A.mT))
 
 
 def cut(clients: int, trim: float) -> int:
