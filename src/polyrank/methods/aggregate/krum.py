@@ -96,6 +96,7 @@ def closest(G: Tensor, n: int, f: int, keep: int) -> Sequence[int]:
 
         || M_i - M_j ||^2 = G_ii + G_jj - 2 G_ij
 
+    >>> import torch
     >>> closest(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 9.0]]), n=3, f=0, keep=2)
     [0, 1]
 

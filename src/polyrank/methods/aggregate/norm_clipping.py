@@ -35,8 +35,9 @@ def norm_clipping(
         D = S + sum_i p_i min(1, bound / || M_i ||_F) change_i,   bound = multiple * median_i || M_i ||_F
 
     S is what the server holds, M_i all that client i changed, in all layers and dense parameters together, and change_i
-    its part in this layer; norms are those of products. The dense parameters follow with the same factor. One client of
-    K moves the model by bound / K at most, and can do so in every round: a bound on the damage, not a cure.
+    its part in this layer; norms are those of products. The dense parameters follow with the same factor. Where all of
+    K clients hold all layers, one moves the mean by bound / K at most, and can do so in every round: a bound on the
+    damage, not a cure. In a layer that few hold it moves more, unless ``layers: keep`` counts the others too.
 
     A client that sends what is not finite counts as absent.
 
