@@ -85,7 +85,7 @@ SECTIONS = (
         "Robust aggregation",
         "robust",
         None,
-        "Wall seconds for one layer and ten clients of ranks 4 to 64, on one core. A trimmed mean of products has full"
+        "CPU seconds for one layer and ten clients of ranks 4 to 64, on one core. A trimmed mean of products has full"
         " rank; the distance of what blocks of rows find at rank 64 is held against that of the best approximation,"
         " which is found by forming the matrix.",
     ),

@@ -190,3 +190,22 @@ def test_it_is_measured_only_where_asked() -> None:
         assert one == replace(other, aggregation_error=None)
     for name, x in plain[-1][0].adapter.layers.items():
         assert torch.equal(x.B, asked[-1][0].adapter.layers[name].B)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("name", ["median", "fedit"])
+def test_an_update_that_is_not_finite_is_no_exact_round(name: str, value: float) -> None:
+    """The mean of models has no bound then, and no rule that stays near it is called exact."""
+
+    def answer(client: Client, task: Task) -> Adapter:
+        moved = perturb(client, task)
+        if client != "b":
+            return moved
+        return Adapter({n: LowRank(x.A * value, x.B * value, x.scale) for n, x in moved.layers.items()})
+
+    [error] = errors(METHODS[name](), start(FULL), EQUAL, 1, answer)
+    if name == "median":
+        assert error == pytest.approx(1.0)
+    else:
+        assert error is not None
+        assert error > 0.5
