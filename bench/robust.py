@@ -4,8 +4,8 @@
     python bench/robust.py --quick     # small layers, nothing stored: whether it runs
 
 Ten clients of ranks 4 to 64 who moved the first rows of a server's layer of rank 64, as far as they had come; one
-process of one thread, rules in turns, figures are medians of CPU seconds. And how much further the trimmed mean's approximation
-at rank 64 is from the trimmed mean itself than the best one, which is found by forming the matrix. The goal is on that.
+process of one thread, rules in turns, figures are medians of CPU seconds. And how much further from the trimmed mean
+its approximation at rank 64 is than the best one, which is found by forming the matrix. The goal is on that.
 """
 
 from __future__ import annotations
