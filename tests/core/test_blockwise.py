@@ -87,11 +87,11 @@ def test_the_result_is_a_function_of_the_matrix_however_it_is_cut() -> None:
     assert torch.equal(again.x.A, parts.x.A)
 
 
-def test_a_gram_matrix_is_no_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gram_matrix_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     M = matrix(60, 50, 0.1)
     best = float(torch.linalg.svdvals(M)[4:].norm() / M.norm())
     exact = approximate(by_blocks(M), (60, 50), 4)
     assert exact.error == pytest.approx(best, rel=1e-9)
-    monkeypatch.setattr(blockwise, "BLOCK", 50 * 50 - 1)
+    monkeypatch.setattr(blockwise, "EXACT", 50 * 50 - 1)
     close = approximate(by_blocks(M), (60, 50), 4)
     assert best * (1 + 1e-9) < close.error < best * 1.01

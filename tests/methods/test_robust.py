@@ -162,8 +162,9 @@ def test_many_blocks_and_a_random_space_come_close_to_the_best(
     xs = [LowRank(noise(r, d_in, path=f"a{r}"), noise(d_out, r, path=f"b{r}"), 1 / r) for r in range(1, 8)]
     S = torch.linalg.svdvals(trimmed([delta(x) for x in xs], 2))
     best = float(S[5:].norm() / S.norm())
-    for words in (70 * 70, 7 * 70 * 3):  # of a Gram matrix, and too few for one
-        monkeypatch.setattr(blockwise, "BLOCK", words)
+    monkeypatch.setattr(blockwise, "BLOCK", {"cpu": 7 * 70 * 4})  # 4 rows of all seven
+    for words in (70 * 70, 70 * 70 - 1):  # of a Gram matrix, and too few for one
+        monkeypatch.setattr(blockwise, "EXACT", words)
         x, error = robust_mean(xs, 5, 0.2)
         assert x.shape == shape
         assert best * (1 - 1e-9) <= error <= best * 1.002

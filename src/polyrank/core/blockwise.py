@@ -10,6 +10,7 @@ every route here is a few passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from polyrank.core.rng import stream, torch_generator
 Blocks = Callable[[], Iterator[Tensor]]
 """Makes one pass over a matrix: blocks of its rows, in order, in float64."""
 
-BLOCK = 1 << 20  # words that a block and what it is made of may take: about what stays in a core's cache
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # words of a block and of what it is made of: caches matter here, calls there
+EXACT = 1 << 20  # words that ``M^T M`` may take
 
 _OVERSAMPLE = 8
 _POWERS = 3  # of M^T M in the Krylov space: with 2 the result was up to 0.8 % further away than the best, with 3 0.04 %
@@ -46,9 +48,9 @@ def approximate(blocks: Blocks, shape: tuple[int, int], rank: int, device: torch
 
         M ~ (M V) V^T,   V (n x k) orthonormal
 
-    Where ``M^T M`` is no larger than a block, it is exact, down to singular values of about 1e-8 of the norm, for 2
-    passes, 4 N n^2 operations in float64 and an eigenproblem. Elsewhere V is a Krylov space, for 4 passes and 20 N n l
-    operations, l = 3 (rank + 8), which falls short of the best where singular values fall slowly: see ``_POWERS``.
+    Where n is at most 1,024, it is exact, down to singular values of about 1e-8 of the norm, for 2 passes, 2 N n^2
+    operations in float64 and an eigenproblem. Elsewhere V is a Krylov space of l = 3 (rank + 8) columns, for 4 passes
+    and 8 N n l operations, which falls short of the best where singular values fall slowly: see ``_POWERS``.
 
     Args:
         blocks: makes a pass over M.
@@ -61,7 +63,7 @@ def approximate(blocks: Blocks, shape: tuple[int, int], rank: int, device: torch
         Decomposition. arXiv 1504.05477.
     """
     rank = min(rank, *shape)
-    space = _gram if shape[1] ** 2 <= BLOCK else _krylov
+    space = _gram if shape[1] ** 2 <= EXACT else _krylov
     return _onto(blocks, shape, space(blocks, shape[1], rank, torch.device(device)), rank)
 
 
@@ -96,17 +98,16 @@ def _krylov(blocks: Blocks, n: int, rank: int, device: torch.device) -> Tensor:
 
 def _onto(blocks: Blocks, shape: tuple[int, int], basis: Tensor, rank: int) -> Approximation:
     """The best approximation whose rows are in the space of `basis`: one pass for it and its distance."""
-    images, energy, beyond = [], 0.0, 0.0
+    images, energy, beyond = [], basis.new_zeros(()), basis.new_zeros(())
     for block in blocks():
         image = block @ basis
-        energy += float(block.square().sum())
-        beyond += float(torch.addmm(block, image, basis.mT, alpha=-1).square().sum())
+        energy += block.square().sum()
+        beyond += torch.addmm(block, image, basis.mT, alpha=-1).square().sum()
         images.append(image)
-    Y = torch.cat(images)
-    nothing = LowRank(basis.new_zeros(rank, shape[1]), basis.new_zeros(shape[0], rank))
-    if not energy > 0 or not torch.isfinite(Y).all():
-        return Approximation(nothing, 0.0 if energy == 0 else float("nan"))
+    Y, size = torch.cat(images), float(energy)
+    if not 0 < size < math.inf:
+        nothing = LowRank(basis.new_zeros(rank, shape[1]), basis.new_zeros(shape[0], rank))
+        return Approximation(nothing, 0.0 if size == 0 else math.nan)
     values, Z = torch.linalg.eigh(Y.mT @ Y)
     Z, cut = Z.flip(-1)[:, :rank], values.clamp(min=0)[: len(values) - rank].sum()
-    error = ((beyond + float(cut)) / energy) ** 0.5
-    return Approximation(LowRank((basis @ Z).mT.contiguous(), Y @ Z), error)
+    return Approximation(LowRank((basis @ Z).mT.contiguous(), Y @ Z), math.sqrt(float(beyond + cut) / size))

@@ -128,7 +128,8 @@ def _dense(server: Mapping[str, Tensor], updates: Sequence[Update], trim: float)
 def robust_mean(xs: Sequence[LowRank], rank: int, trim: float) -> Approximation:
     """The best approximation of `rank` of the trimmed mean of ``delta(x)``, entry by entry, and its distance.
 
-    Rows of the longer side are made block by block; which side is rows is nothing to the trimmed mean.
+    Rows of the longer side are made block by block; which side is rows is nothing to the trimmed mean. The result is in
+    no particular order.
 
     Args:
         xs: updates of one layer, of any ranks.
@@ -141,13 +142,15 @@ def robust_mean(xs: Sequence[LowRank], rank: int, trim: float) -> Approximation:
     if d_out < d_in:
         sides = [(A.mT, B.mT) for B, A in sides]
     N, n = max(d_out, d_in), min(d_out, d_in)
-    height = max(blockwise.BLOCK // (len(xs) * n), 1)
+    device = xs[0].A.device
+    words = blockwise.BLOCK.get(device.type, blockwise.BLOCK["cpu"])
+    height = max(words // (len(xs) * n), 1)
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, N, height):
             yield middle_mean([left[start : start + height] @ right for left, right in sides], trim)
 
-    best = blockwise.approximate(blocks, (N, n), rank, xs[0].A.device)
+    best = blockwise.approximate(blocks, (N, n), rank, device)
     return best if d_out >= d_in else best._replace(x=LowRank(best.x.B.mT, best.x.A.mT))
 
 
@@ -163,8 +166,8 @@ def cut(clients: int, trim: float) -> int:
 def middle_mean(values: list[Tensor], trim: float) -> Tensor:
     """The mean, in float64, of what is left of `values` at every entry; what is not a number counts as infinite.
 
-    The values are this function's to overwrite, as a bubble sort does that stops once the ends are in place: an
-    elementwise minimum and maximum a comparison, which for few clients is several times as fast as sorting.
+    A bubble sort that stops once the ends are in place: an elementwise minimum and maximum a comparison, which for few
+    clients is several times as fast as sorting.
     """
     values = [torch.nan_to_num(value, nan=math.inf, posinf=math.inf, neginf=-math.inf) for value in values]
     low, high = 0, len(values)
