@@ -18,7 +18,7 @@ from records import stored
 from verdicts import lines
 
 FOLDER = Path(__file__).parent
-BENCHES = ("aggregate", "compress", "round", "importance", "memory", "scale", "prefix", "deploy")
+BENCHES = ("aggregate", "compress", "robust", "round", "importance", "memory", "scale", "prefix", "deploy")
 
 
 def main() -> int:

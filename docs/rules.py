@@ -51,6 +51,12 @@ This page is written by `python docs/rules.py`, which measures every cell in flo
 - **streams**: the rule folds updates in one by one and holds none: its memory does not grow with the cohort. Exact sums
   of products keep copies of the factors while those are smaller than the layer's d_out x d_in matrix, and from then on
   that matrix. Measured by weak references: no more than the update at hand and the one before are ever alive.
+- **linear**: the rule knows what clients send through a weighted sum alone, with weights that follow from examples and
+  ranks, so that a linear function of the tensors sent is all it needs; secure aggregation, under which the server sees
+  no more than such a sum, could run it. What it does with the sum, such as putting it into singular order, is its own
+  affair. Measured by moving what two clients train against each other, so that the weighted sum stays as it was.
+  Products of factors that are both trained are not linear in them, nor is anything that looks at single clients in
+  order to leave some out.
 
 Where the answer is no, the number is the relative error (Frobenius norm) in this measurement: 4 clients, of ranks
 5, 10, 20 and 20 where they are unequal, on a 24 x 20 layer. It orders rules for these inputs and is not a bound.
@@ -62,6 +68,7 @@ COLUMNS = [
     "gauge invariant",
     "fixed point, unequal ranks",
     "streams",
+    "linear",
 ]
 
 
@@ -104,12 +111,12 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def weight_of(method: Method) -> Callable[[Update], float]:
     """How the method's rule weighs a client: its option `weights`, as the composition sets it."""
-    kind = inspect.signature(method.aggregate).parameters["weights"].default
+    option = inspect.signature(method.aggregate).parameters.get("weights")
     return {
         "size": lambda update: float(update.examples),
         "uniform": lambda update: 1.0,
         "norm": lambda update: norm(update.adapter.layers["layer"]),
-    }[kind]
+    }[option.default if option else "uniform"]
 
 
 def inexact(method: Method, state: ServerState, ranks: Mapping[str, int]) -> float:
@@ -151,6 +158,44 @@ def drift(method: Method, state: ServerState) -> float:
     return error(server_model(absorb(method, state, updates, 0)), server_model(state))
 
 
+def nonlinearity(method: Method, state: ServerState) -> float:
+    """How far the result moves when two clients change what they train and the weighted sum of all stays as it was."""
+    updates = list(FakeClients(profiles(UNEQUAL)).fit(tasks_of(method, state, UNEQUAL)))
+    left, right = updates[0], updates[-1]  # of unequal ranks, if the method has any
+    ratio = weight_of(method)(left) / weight_of(method)(right)
+    moves = {name: noise(name, t) for name, t in sent(left).items()}
+    moved = {0: shifted(left, moves, 1.0), len(updates) - 1: shifted(right, moves, -ratio)}
+    plain, other = (
+        server_model(absorb(method, state, us, 0))
+        for us in (updates, [moved.get(i, update) for i, update in enumerate(updates)])
+    )
+    return error(other, plain)
+
+
+def sent(update: Update) -> dict[str, Tensor]:
+    """What travels: the factors that were trained, A and B both by rows of a rank, and dense parameters."""
+    factors = {"A": lambda x: x.A, "B": lambda x: x.B.T}
+    found = {f: factors[f](x) for x in update.adapter.layers.values() for f in update.factors}
+    return found | dict(update.adapter.dense)
+
+
+def noise(name: str, like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=torch_generator(stream(0, "shift", name)), dtype=like.dtype)
+
+
+def shifted(update: Update, moves: Mapping[str, Tensor], factor: float) -> Update:
+    """The update with multiples of `moves` added to what was trained, to the first rows where it has more."""
+
+    def of(name: str, tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        if name in moves:
+            changed[: len(moves[name])] += factor * moves[name]
+        return changed
+
+    layers = {n: LowRank(of("A", x.A), of("B", x.B.T).T, x.scale) for n, x in update.adapter.layers.items()}
+    return replace(update, adapter=Adapter(layers, {n: of(n, t) for n, t in update.adapter.dense.items()}))
+
+
 def streams(method: Method, state: ServerState) -> bool:
     """Whether no more than the update at hand and the one before are ever alive, however large the cohort."""
     ranks = {f"c{i:02}": 4 for i in range(12)}
@@ -187,6 +232,7 @@ def row(name: str, method: Method) -> str:
         "one factor is shared" if shared else verdict(max(g for g in gauges if g is not None)),
         verdict(max(drift(method, state) for state in states)) if ranks else "has no ranks",
         "yes" if streams(method, start(method)) else "no",
+        verdict(max(nonlinearity(method, state) for state in states)),
     ]
     return f"| `{name}` | {' | '.join(cells)} |"
 

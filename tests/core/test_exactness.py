@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyrank.core.exactness import aggregation_error
 from polyrank.core.fake import FakeClients, echo, perturb
-from polyrank.core.federate import federate
+from polyrank.core.federate import absorb, federate, plan
 from polyrank.core.lowrank import Adapter, LowRank, fresh
 from polyrank.core.method import Method
 from polyrank.core.rng import stream, torch_generator
@@ -190,3 +190,21 @@ def test_it_is_measured_only_where_asked() -> None:
         assert one == replace(other, aggregation_error=None)
     for name, x in plain[-1][0].adapter.layers.items():
         assert torch.equal(x.B, asked[-1][0].adapter.layers[name].B)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("name", ["median", "fedit"])
+def test_an_update_that_is_not_finite_is_no_exact_round(name: str, value: float) -> None:
+    """The mean of models has no bound then, and no rule that stays near it is called exact."""
+
+    def answer(client: Client, task: Task) -> Adapter:
+        moved = perturb(client, task)
+        if client != "b":
+            return moved
+        return Adapter({n: LowRank(x.A * value, x.B * value, x.scale) for n, x in moved.layers.items()})
+
+    method, state, clients = METHODS[name](), start(FULL), FakeClients(profiles(EQUAL), answer)
+    tasks = plan(method, state, method.estimate(profiles(EQUAL), SPEC, LOCAL), list(EQUAL), SPEC, LOCAL, 0)
+    updates = list(clients.fit(tasks))
+    error = aggregation_error(state, absorb(method, state, updates, 0), tasks, updates)
+    assert error == pytest.approx(1.0) if name == "median" else error > 0.5

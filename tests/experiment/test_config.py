@@ -228,6 +228,9 @@ def test_set_reaches_every_depth(digits_file: Path) -> None:
         ("rounds.x.y=3", "rounds is 3, not a section"),
         ("method.agregate.rank=3", "unknown key 'agregate'"),
         ("modle.rank=3", "unknown key 'modle'"),
+        ("method={name: trimmed_mean, aggregate: {trim: 0.5}}", "method.aggregate.trim: 0.5"),
+        ("method={name: krum, aggregate: {keep: 0}}", "method.aggregate.keep: 0"),
+        ("method={name: norm_clipping, aggregate: {bound: 0.0}}", "method.aggregate.bound: 0.0"),
     ],
 )
 def test_bad_overrides_are_refused(override: str, part: str, digits_file: Path) -> None:
@@ -249,6 +252,8 @@ def test_a_method_by_name_with_options_of_its_rule() -> None:
     assert aggregate.keywords["space"] == "factor"
     assert aggregate.keywords["align"] is True
     assert method_with("hetlora", ["layers=zero"]).aggregate.keywords["pruning"] is True
+    krum = method_with("krum", ["byzantine=2", "keep=3", "few=skip"]).aggregate.keywords
+    assert (krum["byzantine"], krum["keep"], krum["few"], krum["rows"]) == (2, 3, "skip", "keep")
     with pytest.raises(ConfigError, match="Did you mean 'rb_lora'"):
         method_with("rb_lor", [])
     with pytest.raises(ConfigError, match="unknown key 'layer'"):

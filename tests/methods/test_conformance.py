@@ -329,9 +329,10 @@ def test_layers_keep_counts_as_holding_the_servers(rule: Callable[..., ServerSta
     same(absorbed(rule, state, lacking), absorbed(rule, state, sent))
 
 
-@pytest.mark.parametrize("rule", AGGREGATORS.values(), ids=AGGREGATORS)
-def test_by_default_a_layer_is_averaged_over_its_holders(rule: Callable[..., ServerState]) -> None:
-    state = start()
+# Not of Krum and norm clipping: whom they choose, and what they clip to, goes by whole models.
+@pytest.mark.parametrize("name", [name for name in AGGREGATORS if name not in ("krum", "norm_clipping")])
+def test_by_default_a_layer_is_averaged_over_its_holders(name: str) -> None:
+    rule, state = AGGREGATORS[name], start()
     updates = answers(state, UNEQUAL)
     lacking = changed(updates, "b", lambda name, x: None if name == "l1" else x)
     absent = [u for u in updates if u.client != "b"]
@@ -349,7 +350,8 @@ def test_rows_zero_counts_as_holding_zeros(rule: Callable[..., ServerState]) -> 
 
 @with_option("rows", "keep")
 def test_rows_keep_counts_as_holding_the_servers(rule: Callable[..., ServerState]) -> None:
-    rule = partial(rule, weights="uniform")  # a weight by norm is of what was sent
+    if "weights" in inspect.signature(rule).parameters:
+        rule = partial(rule, weights="uniform")  # a weight by norm is of what was sent
     state = start()
     updates = answers(state, UNEQUAL)
     sent = changed(updates, "a", lambda name, x: overlay(x, state.adapter.layers[name]))

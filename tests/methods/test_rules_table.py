@@ -37,9 +37,10 @@ def cells(rules: ModuleType, name: str, **changes: object) -> list[str]:
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_no_update_outlives_its_turn(rules: ModuleType, name: str) -> None:
-    """gamma needs everybody's ranks before any term can be added; every other rule adds updates as they come."""
+    """gamma needs all ranks, and robust rules all updates, before any term can be added; others add as they come."""
     method = rules.replace(rules.fedit(), aggregate=AGGREGATORS[name])
-    assert rules.streams(method, rules.start(method)) == (name not in ("rb_lora", "raflora"))
+    holding = ("rb_lora", "raflora", "trimmed_mean", "median", "krum", "norm_clipping")
+    assert rules.streams(method, rules.start(method)) == (name not in holding)
 
 
 def test_the_measurement_knows_what_the_literature_does(rules: ModuleType) -> None:
@@ -52,5 +53,20 @@ def test_the_measurement_knows_what_the_literature_does(rules: ModuleType) -> No
     assert cells(rules, "rb_lora")[1].startswith("no, ")
     assert cells(rules, "fedit")[0].startswith("no, ")
     assert cells(rules, "fedit")[2].startswith("no, ")
+    for name in ("krum", "median", "norm_clipping", "trimmed_mean"):  # no rule that leaves outliers out is a mean
+        assert cells(rules, name)[0].startswith("no, ")
+        assert cells(rules, name)[2:] == ["yes", "yes", "no", cells(rules, name)[5]]
+        assert cells(rules, name)[5].startswith("no, ")
     assert cells(rules, "lokr")[0].startswith("no, ")
     assert cells(rules, "lokr")[1] == cells(rules, "lokr")[3] == "has no ranks"
+
+
+def test_a_weighted_sum_is_all_that_means_of_factors_need(rules: ModuleType) -> None:
+    """Products of two trained factors are not linear in them; with one factor shared, they are."""
+    linear = {name for name in METHODS if cells(rules, name)[5] == "yes"}
+    assert {"fedit", "rbla", "hetlora_weighted", "hralora", "fedsvd", "ffa_lora", "rolora", "lokr"} <= linear
+    assert not linear & {"fedex_lora", "flexlora", "flora", "hetlora", "lora_fair", "rb_lora"}
+    only_b = METHODS["ffa_lora"]().factors
+    for name in ("fedex_lora", "flexlora", "flora"):
+        assert cells(rules, name, factors=only_b)[5] == "yes"
+    assert cells(rules, "median", factors=only_b)[5].startswith("no, ")

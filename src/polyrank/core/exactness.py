@@ -45,7 +45,8 @@ def aggregation_error(
         updates: its updates.
 
     Returns:
-        The error; 0 where the exact change is no more than the rounding of ``old`` in float32.
+        The error; 0 where the exact change is no more than the rounding of ``old`` in float32, and 1 where an update
+        is not finite, as in the limit of an update that grows without bound beside a model that stays.
     """
     weights = _weights(updates)
     gap = change = size = 0.0
@@ -56,6 +57,8 @@ def aggregation_error(
             gap = math.hypot(gap, _distance(new, exact))
             change = math.hypot(change, _distance(exact, old))
             size = math.hypot(size, _distance(old, []))
+    if not math.isfinite(change):
+        return 1.0
     return gap / change if change > torch.finfo(torch.float32).eps * size else 0.0
 
 

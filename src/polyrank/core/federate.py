@@ -138,8 +138,9 @@ def absorb(
 ) -> ServerState:
     """The next state. Updates are taken one by one, in ascending order of client.
 
-    The rule sees the low-rank layers; dense parameters are averaged here, by the rule that ``method.dense`` names,
-    over the clients that sent them; what `plan` froze nobody sends. With no updates at all, only the round advances.
+    A rule answers for the low-rank layers, and for the dense parameters that it returns as new tensors: a robust rule
+    for all of them. The others are averaged here, by the rule that ``method.dense`` names, over the clients that sent
+    them; what `plan` froze nobody sends. With no updates at all, only the round advances.
 
     With a `device`, the low-rank layers are moved there as they come, the rule computes there, and its result comes
     back to the CPU: a GPU decomposes all layers of a shape at once. The rules need float64.
@@ -155,7 +156,8 @@ def absorb(
     else:
         there = method.aggregate(_state_on(state, device), (_update_on(update, device) for update in watched), rng)
         absorbed = _state_on(there, "cpu")
-    adapter = Adapter(absorbed.adapter.layers, {**state.adapter.dense, **dense.finish()})
+    answered = {n: t for n, t in absorbed.adapter.dense.items() if t is not state.adapter.dense.get(n)}
+    adapter = Adapter(absorbed.adapter.layers, {**state.adapter.dense, **dense.finish(), **answered})
     return replace(absorbed, round=state.round + 1, adapter=adapter)
 
 

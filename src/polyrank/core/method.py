@@ -89,7 +89,11 @@ class Schedule(Protocol):
 
 
 class Aggregate(Protocol):
-    """How do updates become one adapter? Updates come in order of client and may be consumed one by one."""
+    """How do updates become one adapter? Updates come in order of client and may be consumed one by one.
+
+    Dense parameters that a rule returns as new tensors are its answer too; those it leaves as the state's, as most
+    rules do with all of them, `absorb` averages as `Method.dense` says.
+    """
 
     def __call__(self, state: ServerState, updates: Iterable[Update], rng: np.random.Generator) -> ServerState: ...
 
@@ -125,7 +129,8 @@ class Method:
         estimate, score, allocate, dispatch, factors, aggregate: see the module's docstring.
         penalty: terms a client adds to its loss (HetLoRA), or None.
         dense: the head is trained and averaged by ``size`` or ``uniform``ly, or ``freeze``: it stays as it started.
-            Other dense parameters are trained whatever becomes of the head.
+            Other dense parameters are trained whatever becomes of the head. A rule that answers for dense parameters
+            itself, as the robust ones do, averages a trained head in its own way.
         hold: whether an allocator's random draws are kept until the scores are made anew, rather than drawn every
             round. Where every round has new scores, as in a warm-up, every round has new draws.
         boost: a warm-up beyond the budget, or None.

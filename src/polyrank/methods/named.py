@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from polyrank.core.method import Allocate, Boost, Method, Positive, Score
+from polyrank.core.method import Aggregate, Allocate, Boost, Method, Positive, Score
 from polyrank.core.types import TailPenalty
 from polyrank.methods import dispatch, estimate, factors, importance
 from polyrank.methods.aggregate import AGGREGATORS
@@ -105,6 +105,26 @@ def lora_fair() -> Method:
 def fedsvd() -> Method:
     """FedSVD: only B is trained and averaged, then A and B are re-factorised (arXiv 2505.12805)."""
     return replace(fedit(), factors=factors.only_b, aggregate=AGGREGATORS["fedsvd"])
+
+
+def trimmed_mean() -> Method:
+    """The coordinate-wise trimmed mean of products, against some poisoned clients (arXiv 1803.01498)."""
+    return _of_the_whole(AGGREGATORS["trimmed_mean"])
+
+
+def median() -> Method:
+    """The coordinate-wise median of products, against fewer than half poisoned clients (arXiv 1803.01498)."""
+    return _of_the_whole(AGGREGATORS["median"])
+
+
+def krum() -> Method:
+    """Krum: the client whose model is closest to the others' (arXiv 1703.02757)."""
+    return _of_the_whole(AGGREGATORS["krum"])
+
+
+def norm_clipping() -> Method:
+    """The exact mean of products, with every client's change clipped to the median norm (arXiv 1911.07963)."""
+    return _of_the_whole(AGGREGATORS["norm_clipping"])
 
 
 def lokr(*, rank: Positive = 24) -> Method:
@@ -264,6 +284,11 @@ def exclusive() -> Method:
     return replace(fedit(), estimate=estimate.exclusive)
 
 
+def _of_the_whole(aggregate: Aggregate) -> Method:
+    """Clients run the whole adapter: what one does not train is the server's, as the robust rules have it."""
+    return replace(fedit(), dispatch=dispatch.whole, aggregate=aggregate)
+
+
 def _layers_of_the_whole(allocate: Allocate) -> Method:
     """Clients run the whole adapter and train some of its layers; each layer is averaged over those that trained it."""
     return replace(fedit(), allocate=allocate, dispatch=dispatch.whole)
@@ -289,13 +314,17 @@ METHODS: dict[str, Callable[..., Method]] = {
     "hetlora_uniform": hetlora_uniform,
     "hetlora_weighted": hetlora_weighted,
     "hralora": hralora,
+    "krum": krum,
     "legend": legend,
     "lokr": lokr,
     "lora_fair": lora_fair,
+    "median": median,
+    "norm_clipping": norm_clipping,
     "raflora": rb_lora,  # arXiv 2602.13486 equals RB-LoRA in product space
     "rb_lora": rb_lora,
     "rbla": rbla,
     "rgd_hla": rgd_hla,
     "rolora": rolora,
     "straggler": straggler,
+    "trimmed_mean": trimmed_mean,
 }
