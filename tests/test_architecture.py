@@ -24,16 +24,15 @@ MAY_IMPORT = {
     "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
     "": {"core", "methods", "data", "local", "engines", "experiment"},
     "deploy": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy"},
-    "cli": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy", "cli"},
-    "flower_app": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
     "__main__": {"cli"},
 }
+MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
 ONLY_IN = {
     "transformers": {"polyrank.local.hf"},
     "peft": {"polyrank.local.hf"},
-    "flwr": {"polyrank.engines.flower", "polyrank.flower_app"},
+    "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures"},
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -191,9 +190,8 @@ UPWARD = [
     ("polyrank.experiment.x", "from polyrank.report import page"),
     ("polyrank.experiment.x", "from polyrank import cli"),
     ("polyrank.report.x", "import polyrank.cli"),
+    ("polyrank.deploy.client", "from polyrank.cli import app"),
     ("polyrank.report.x", "from polyrank.deploy import operate"),
-    ("polyrank.deploy.x", "from polyrank.cli import app"),
-    ("polyrank.flower_app", "from polyrank.report import page"),
     ("polyrank.elsewhere", "import json"),
 ]
 FOREIGN = [
@@ -212,7 +210,7 @@ ALLOWED = [
     ("polyrank.data.x", "import pyarrow\nfrom polyrank.core.rng import stream"),
     ("polyrank.local.hf", "import peft\nimport transformers\nfrom polyrank.data import text"),
     ("polyrank.engines.flower", "import flwr\nfrom polyrank.local import cohort"),
-    ("polyrank.flower_app", "import flwr\nfrom polyrank.engines import flower"),
+    ("polyrank.deploy.client", "import flwr\nfrom polyrank.engines import flower"),
     ("polyrank.report.figures", "import matplotlib.pyplot as plt\nfrom polyrank.experiment import runs"),
     ("polyrank.cli", "from polyrank import __version__\nfrom polyrank.report import page"),
 ]

@@ -13,7 +13,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 
 from polyrank.deploy import certificates
-from polyrank.deploy.layout import Deployment, DeployError, Node, nginx
+from polyrank.deploy.layout import DeployError, Deployment, Node, nginx
 from polyrank.deploy.provision import add, init, renew
 
 NAMES = ("north", "south_2", "Site-3")

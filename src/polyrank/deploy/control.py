@@ -7,7 +7,7 @@ import re
 import subprocess
 from typing import Any
 
-from polyrank.deploy.layout import LINK, Deployment, DeployError, environment, program
+from polyrank.deploy.layout import LINK, DeployError, Deployment, environment, program
 
 _PATIENCE = 60.0  # seconds for one command
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from polyrank.deploy import control
 from polyrank.deploy.control import ControlError
-from polyrank.deploy.layout import Deployment, DeployError
+from polyrank.deploy.layout import DeployError, Deployment
 from polyrank.experiment.store import Run
 
 COMPLETED, STOPPED, LOST = "finished:completed", "finished:stopped", "lost"

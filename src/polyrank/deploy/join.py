@@ -106,7 +106,9 @@ def preflight(node: Node, superlink: str) -> bool:
             answer = client.get(f"https://{superlink}/health")
     except httpx.HTTPError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error):
-            raise DeployError(f"--superlink: {superlink}: not the server that {node.authority} knows: {error}") from None
+            raise DeployError(
+                f"--superlink: {superlink}: not the server that {node.authority} knows: {error}"
+            ) from None
         return False
     if "date" in answer.headers:
         ahead = before - parsedate_to_datetime(answer.headers["date"]).timestamp() - 1  # that is in whole seconds

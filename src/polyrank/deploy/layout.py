@@ -1,10 +1,10 @@
 """What lies where in a deployment's folder and in a node's, and in what environment Flower runs there.
 
-    deploy.json   settings                             app/         the app bundle: one pyproject.toml
-    ca/           the authority: ca.key, ca.crt        keys/        a public key per node
-    server/       certificate, key, SuperExec secret   nodes/NAME/  to be handed over to a site
-    nginx.conf    the gateway                          systemd/     units
-    state/        Flower's database and home           run/, logs/  pid files; logs
+deploy.json   settings                             app/         the app bundle: one pyproject.toml
+ca/           the authority: ca.key, ca.crt        keys/        a public key per node
+server/       certificate, key, SuperExec secret   nodes/NAME/  to be handed over to a site
+nginx.conf    the gateway                          systemd/     units
+state/        Flower's database and home           run/, logs/  pid files; logs
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from polyrank.deploy import control
-from polyrank.deploy.layout import Deployment, DeployError, Node
+from polyrank.deploy.layout import DeployError, Deployment, Node
 
 
 def logs(place: Deployment | Node, who: str | None) -> dict[str, Path]:

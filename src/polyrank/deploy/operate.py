@@ -16,7 +16,7 @@ import httpx
 
 from polyrank.deploy import control, supervise
 from polyrank.deploy.certificates import expires
-from polyrank.deploy.layout import LOOPBACK, Deployment, DeployError, Node, environment, nginx, program
+from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Node, environment, nginx, program
 from polyrank.deploy.supervise import Service
 from polyrank.files import write_json, write_text
 

@@ -16,12 +16,14 @@ from string import Template
 
 from polyrank import __version__
 from polyrank.deploy import certificates, templates
-from polyrank.deploy.layout import Deployment, DeployError, Node, Settings, free_port, program, write_private
+from polyrank.deploy.layout import DeployError, Deployment, Node, Settings, free_port, write_private
 from polyrank.files import write_bytes, write_text
 
 PORT, SUPERLINK_PORT = 8443, 18000
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*")
+_HOST = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
+)
 _COMPONENT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 

@@ -69,10 +69,11 @@ def stop(folder: Path) -> list[str]:
     A process is ended only if it is the one that the pid file was written for, by the time it started.
     """
     found = [name for name in names(folder) if running(folder, name)]
-    if SUPERVISOR in found:
+    if pid := running(folder, SUPERVISOR):
+        since = started(pid)
         with suppress(ProcessLookupError):
-            os.kill(_read(folder, SUPERVISOR)[0], signal.SIGTERM)
-        _until(lambda: not running(folder, SUPERVISOR), 2 * _GRACE)
+            os.kill(pid, signal.SIGTERM)
+        _until(lambda: started(pid) != since, 3 * _GRACE)
     for name in names(folder):  # what a supervisor that was killed has left
         if running(folder, name):
             _end_group(_read(folder, name)[0])
