@@ -45,9 +45,7 @@ def flower() -> Iterator[None]:
 @deploy.command()
 def init(
     folder: Server,
-    host: Annotated[
-        str, typer.Option(help="Name or address of this server; others after commas. Nodes dial the first.")
-    ],
+    host: Annotated[str, typer.Option(help="Name or address of this server; others after commas. Nodes dial the first.")],
     nodes: Annotated[int | None, typer.Option(min=1, help="Make this many nodes: site-1, site-2, ...")] = None,
     names: Annotated[str | None, typer.Option(help="Make nodes of these names: a,b,c.")] = None,
     port: Annotated[int, typer.Option(help="Of the gateway, which the sites reach; 0: a free one.")] = 8443,
@@ -75,7 +73,7 @@ def init(
             clientapp=clientapp or Settings.clientapp,
         )
         say(f"{folder}: {len(chosen)} node{'s' * (len(chosen) > 1)}, dialling {made.settings.public}")
-        say(f"next: {folder}/README.md. Hand each site its folder of {folder}/nodes; `polyrank deploy up {folder}`")
+        say(f"next: {folder}/README.md; hand each site its folder of {folder}/nodes/, then `polyrank deploy up {folder}`")
 
 
 @deploy.command()
@@ -155,12 +153,8 @@ def serve(
 @deploy.command()
 def join(
     folder: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The folder that was handed over.")],
-    superlink: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The server; as in node.json if left out.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="The site's configuration; NODE_DIR/site.yaml if left out.")
-    ] = None,
+    superlink: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The server; as in node.json if left out.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The site's configuration; NODE_DIR/site.yaml if left out.")] = None,
     data: Annotated[Path | None, typer.Option(help="Where the site's data is, instead of as configured.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for systemd.")] = False,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the connection.")] = 30,
@@ -171,7 +165,9 @@ def join(
         from polyrank.deploy import join as joining
         from polyrank.deploy.operate import tail
 
-        node = joining.join(folder, superlink, site=config, data=data, foreground=foreground, telemetry=telemetry)
+        node = joining.join(
+            folder, superlink, site=config, data=data, foreground=foreground, telemetry=telemetry
+        )
         if foreground:
             return
         if joining.connected(node, wait) is None:
@@ -233,7 +229,8 @@ def stop(folder: Server, target: Folder) -> None:
 def status(folder: Place, json_: Json = False) -> None:
     """Show what runs, which nodes are connected, and all runs."""
     with flower():
-        from polyrank.deploy import layout, operate
+        from polyrank.deploy import operate
+        from polyrank.deploy import layout
 
         place = layout.opened(folder)
         found: dict[str, Any] = (
