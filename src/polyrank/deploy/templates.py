@@ -78,13 +78,14 @@ UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=full
+ReadWritePaths=$folder
 
 [Install]
 WantedBy=multi-user.target
 """
 
 NODE_UNIT = """\
-# A site's node. The instance is the name of its folder in /etc/polyrank: `systemctl enable --now polyrank-node@$name`.
+# A site's node: `systemctl enable --now polyrank-node@$name`. The instance is its folder's name in /var/lib/polyrank.
 # RestartSec: Flower's node exits, rather than waits, while the server still holds the lease of the process before it.
 [Unit]
 Description=polyrank node %i
@@ -93,14 +94,15 @@ Wants=network-online.target time-sync.target
 
 [Service]
 User=polyrank
-WorkingDirectory=/etc/polyrank/%i
-ExecStart=/opt/polyrank/bin/polyrank deploy join /etc/polyrank/%i --foreground
+WorkingDirectory=/var/lib/polyrank/%i
+ExecStart=/opt/polyrank/bin/polyrank deploy join /var/lib/polyrank/%i --foreground
 Restart=always
 RestartSec=10
 UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=full
+ReadWritePaths=/var/lib/polyrank/%i
 
 [Install]
 WantedBy=multi-user.target
@@ -137,8 +139,8 @@ whoever has it can take part under this name. Keep it on this machine, readable 
 4. Start: `polyrank deploy join .`. It dials $superlink, which must be reachable; nothing dials this machine.
 
 `polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, and
-`polyrank deploy down .` ends it. With systemd: copy this folder to `/etc/polyrank/$name`, owned by the user that runs
-it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
+`polyrank deploy down .` ends it. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
+runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
 `systemctl enable --now polyrank-node@$name`.
 
 | file | what it is |
