@@ -154,8 +154,10 @@ runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User
 README = """\
 # A polyrank deployment
 
-The server is dialled as $public; it has $count: $names. Everything below is run by one user, in this folder's parent
-environment (`pip install 'polyrank[flower]'`), and nothing in this folder but `nodes/` leaves the machine.
+The server is dialled as $public. It has $count: $names.
+
+Everything below is run by one user, in an environment with `pip install 'polyrank[flower]'`. Nothing in this folder
+but `nodes/` leaves the machine.
 
 ## Server
 
