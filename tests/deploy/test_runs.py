@@ -111,7 +111,7 @@ def test_an_interrupt_stops_following_and_not_the_run(deployment: Deployment, tm
 
 
 def test_a_server_survives_its_processes_and_ends_when_told(apps: None, tmp_path: Path) -> None:
-    """Processes that are killed in a run cost nothing; `down` leaves no process; the next `up` knows the nodes."""
+    """A SuperLink that is killed in a run costs nothing; `down` leaves no process; the next `up` knows the nodes."""
     found = made(tmp_path / "server", "only")
     node = found.node("only")
     orders(tmp_path, nodes=1, slow=1)
@@ -124,11 +124,9 @@ def test_a_server_survives_its_processes_and_ends_when_told(apps: None, tmp_path
         (tmp_path / "a" / "experiment.yaml").write_text("rounds: 6\n")
         run_id = follow.submit(found, stored)
         soon(stored.rounds_file.exists)
-        for name in ("superlink", "superexec"):  # the run's own process outlives the one that started it
-            killed = operate.processes(found)[name]
-            assert killed is not None
-            os.kill(killed, signal.SIGKILL)
-            soon(lambda name=name, killed=killed: operate.processes(found)[name] not in (None, killed))
+        killed = operate.processes(found)["superlink"]
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
         outcome = follow.follow(found, run_id, stored, Nobody())
         assert outcome.completed, outcome
         assert len(list(stored.records())) == 6
