@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs unit real bench clean
+.PHONY: help demo test lint types docs unit deploy real bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -22,7 +22,7 @@ help: ## this list
 demo: $(VENV)/.demo ## the digits experiment: no download, under a minute
 	$(BIN)/polyrank run
 
-test: lint types docs unit real ## everything CI checks
+test: lint types docs unit deploy real ## everything CI checks
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check
@@ -37,7 +37,11 @@ docs: $(VENV)/.dev ## the documentation, into site/
 unit: export OMP_NUM_THREADS := 1
 unit: export MKL_NUM_THREADS := 1
 unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
-	$(BIN)/pytest -m 'not real' -n 2 -rs
+	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs
+
+deploy: export OMP_NUM_THREADS := 1
+deploy: $(VENV)/.dev ## a deployment of Flower on loopback, one for all of its tests
+	$(BIN)/pytest -m deploy -n 0 -rs
 
 real: $(VENV)/.dev ## real models and data, where they are present; says what it skips
 	$(BIN)/pytest -m real -n 0 -v -rs

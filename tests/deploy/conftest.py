@@ -17,14 +17,11 @@ TOY = {"serverapp": "toyfed.server:app", "clientapp": "toyfed.client:app"}
 
 @pytest.fixture(scope="session")
 def apps() -> Iterator[None]:
-    """The toy app is importable in every process that is started from here, as an installed one would be."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(APPS), before]))
-    yield
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    """The toy app is importable here and in every process that is started from here, as an installed one would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(APPS)
+        patch.setenv("PYTHONPATH", str(APPS), prepend=os.pathsep)
+        yield
 
 
 def made(folder: Path, *names: str) -> Deployment:

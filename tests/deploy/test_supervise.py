@@ -19,8 +19,8 @@ SLEEPS = "import time; time.sleep(600)"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEPS!r}])"
 
 
-def service(folder: Path, name: str, code: str, **more: bool) -> Service:
-    return Service(name, [sys.executable, "-S", "-c", code], str(folder), str(folder / f"{name}.log"), **more)
+def service(folder: Path, name: str, code: str) -> Service:
+    return Service(name, [sys.executable, "-S", "-c", code], str(folder), str(folder / f"{name}.log"))
 
 
 def soon(true: Callable[[], object], patience: float = 20) -> None:
@@ -88,18 +88,16 @@ def test_a_stranger_with_the_pid_of_a_pid_file_lives(folder: Path) -> None:
         stranger.wait()
 
 
-@pytest.mark.parametrize("orphans", [True, False])
-def test_children_outlive_their_parent_only_where_they_may(folder: Path, orphans: bool) -> None:
-    pids = started(folder, service(folder, "a", PARENT, orphans=orphans))
+def test_children_end_with_the_process_that_started_them(folder: Path) -> None:
+    pids = started(folder, service(folder, "a", PARENT))
     try:
         soon(lambda: psutil.Process(pids["a"]).children())
         below = psutil.Process(pids["a"]).children()[0].pid
         os.kill(pids["a"], signal.SIGKILL)
         soon(lambda: supervise.running(folder, "a") not in (None, pids["a"]))
-        assert alive(below) == orphans
+        assert not alive(below)
     finally:
         supervise.stop(folder)
-    assert not alive(below)
 
 
 def test_one_that_cannot_start_does_not_end_the_others(folder: Path) -> None:

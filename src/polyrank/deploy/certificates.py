@@ -25,7 +25,7 @@ _ALWAYS = ("localhost", "127.0.0.1", "::1")
 
 
 def authority(now: datetime | None = None) -> tuple[bytes, bytes]:
-    """A new certificate authority: its private key and its certificate, PEM. It signs servers, not other authorities."""
+    """A new certificate authority, which signs servers only: its private key and its certificate, PEM."""
     key = ec.generate_private_key(_CURVE)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "polyrank deployment authority")])
     usage = _usage(key_cert_sign=True, crl_sign=True)

@@ -27,7 +27,7 @@ def services(deployment: Deployment, gateway: bool) -> list[Service]:
     """The processes of a server.
 
     The ServerApp runs under a SuperExec of its own rather than under the SuperLink, so that a run survives the
-    SuperLink's restart, and nobody takes work from the SuperLink without the secret.
+    SuperLink's restart (it ends with its SuperExec), and nobody takes work from the SuperLink without the secret.
     """
     state, server, ca = deployment.folder / "state", deployment.folder / "server", str(deployment.authority)
     superlink = [
@@ -45,8 +45,7 @@ def services(deployment: Deployment, gateway: bool) -> list[Service]:
     if gateway:
         commands[GATEWAY] = [nginx(), "-p", str(deployment.run), "-c", str(deployment.folder / "nginx.conf")]
     return [
-        Service(name, command, str(state), str(deployment.logs / f"{name}.log"), orphans=name == SUPEREXEC)
-        for name, command in commands.items()
+        Service(name, command, str(state), str(deployment.logs / f"{name}.log")) for name, command in commands.items()
     ]
 
 

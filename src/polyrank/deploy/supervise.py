@@ -34,14 +34,12 @@ class Service:
         command: the program, by its path, and its arguments.
         cwd: its working directory.
         log: where its output goes.
-        orphans: whether the processes it started may outlive it when it ends by itself.
     """
 
     name: str
     command: Sequence[str]
     cwd: str
     log: str
-    orphans: bool = False
 
 
 def start(folder: Path, services: Sequence[Service], environment: Mapping[str, str]) -> None:
@@ -69,10 +67,11 @@ def stop(folder: Path) -> list[str]:
     A process is ended only if it is the one that the pid file was written for, by the time it started.
     """
     found = [name for name in names(folder) if running(folder, name)]
-    if SUPERVISOR in found:
+    if pid := running(folder, SUPERVISOR):
+        since = started(pid)
         with suppress(ProcessLookupError):
-            os.kill(_read(folder, SUPERVISOR)[0], signal.SIGTERM)
-        _until(lambda: not running(folder, SUPERVISOR), 2 * _GRACE)
+            os.kill(pid, signal.SIGTERM)
+        _until(lambda: started(pid) != since, 3 * _GRACE)
     for name in names(folder):  # what a supervisor that was killed has left
         if running(folder, name):
             _end_group(_read(folder, name)[0])
@@ -128,12 +127,10 @@ class _Kept:
         self.folder, self.service, self.environment = folder, service, dict(environment)
         self.process: subprocess.Popen[bytes] | None = None
         self.failures, self.since, self.next = 0, 0.0, 0.0
-        self.outlived: list[int] = []  # groups whose first process ended and others did not
 
     def check(self) -> None:
         """Starts the process if it is time, and notices that it has ended."""
         now = time.monotonic()
-        self.outlived = [pid for pid in self.outlived if _group_alive(pid)]
         if self.process is None:
             if now >= self.next:
                 self._start()
@@ -141,10 +138,7 @@ class _Kept:
         code = self.process.poll()
         if code is None:
             return
-        if self.service.orphans:
-            self.outlived.append(self.process.pid)
-        else:
-            _end_group(self.process.pid)
+        _end_group(self.process.pid)
         self.failures = 0 if now - self.since > _SETTLED else self.failures + 1
         pause = min(2.0 ** max(self.failures - 1, 0), _LONGEST_PAUSE)
         self._note(f"ended with code {code}; starts again in {pause:.0f} s")
@@ -155,8 +149,6 @@ class _Kept:
         if self.process is not None:
             _end_group(self.process.pid, self.process)
             self._note("stopped")
-        for pid in self.outlived:
-            _end_group(pid)
         (self.folder / f"{self.service.name}.pid").unlink(missing_ok=True)
 
     def _start(self) -> None:
@@ -200,7 +192,7 @@ def _end_group(pid: int, process: subprocess.Popen[bytes] | None = None) -> None
         process.wait()
 
 
-def _group_alive(pid: int, process: subprocess.Popen[bytes] | None = None) -> bool:
+def _group_alive(pid: int, process: subprocess.Popen[bytes] | None) -> bool:
     """Whether a process group has a member that is not a zombie."""
     if process is not None:
         process.poll()  # a zombie of ours is a member of its group until it is waited for

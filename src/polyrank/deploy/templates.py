@@ -78,13 +78,14 @@ UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=full
+ReadWritePaths=$folder
 
 [Install]
 WantedBy=multi-user.target
 """
 
 NODE_UNIT = """\
-# A site's node. The instance is the name of its folder in /etc/polyrank: `systemctl enable --now polyrank-node@$name`.
+# A site's node: `systemctl enable --now polyrank-node@$name`. The instance is its folder's name in /var/lib/polyrank.
 # RestartSec: Flower's node exits, rather than waits, while the server still holds the lease of the process before it.
 [Unit]
 Description=polyrank node %i
@@ -93,23 +94,36 @@ Wants=network-online.target time-sync.target
 
 [Service]
 User=polyrank
-WorkingDirectory=/etc/polyrank/%i
-ExecStart=/opt/polyrank/bin/polyrank deploy join /etc/polyrank/%i --foreground
+WorkingDirectory=/var/lib/polyrank/%i
+ExecStart=/opt/polyrank/bin/polyrank deploy join /var/lib/polyrank/%i --foreground
 Restart=always
 RestartSec=10
 UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=full
+ReadWritePaths=/var/lib/polyrank/%i
 
 [Install]
 WantedBy=multi-user.target
 """
 
 SITE = """\
-# What this site tells polyrank of itself. Data and this file stay here.
-# See `docs/deploy.md` of polyrank for every key.
-name: $name
+# What node $name is made of. This file and the data stay here; the server learns how many examples there are, and the
+# resources that are stated below.
+model: ./model                 # this site's copy of the base model: a folder, or a name on the hub
+data:
+  name: files
+  train: ./train.parquet       # or .csv, .jsonl, .npz; all of its examples are trained on
+  test: ./train.parquet        # is not read for training; the same file will do
+  text: text                   # the column of the inputs; `image: ...` in its place for images
+  label: label
+# rank: 8                      # a LoRA rank per module, if the operator wants to state one
+# memory: 16 GiB               # of the accelerator; detect: what is free on it
+# uplink: 20 Mbit/s
+# downlink: 100 Mbit/s
+# device: auto                 # cuda, cpu, ...
+# threads: 4                   # CPU threads; all cores if left out
 """
 
 NODE_README = """\
@@ -121,12 +135,12 @@ whoever has it can take part under this name. Keep it on this machine, readable 
 1. Install, in a virtual environment: `pip install 'polyrank[flower]'`. The code that trains is the one installed here;
    the server sends none.
 2. Say in `site.yaml` where this site's data is and what the machine can afford.
-3. Keep the clock right (NTP): the server refuses a node whose clock is more than 5 seconds ahead or 5 minutes behind.
-4. Start: `polyrank deploy join .`. It connects to $superlink, which must be reachable; nothing connects to this machine.
+3. Keep the clock right (NTP): the server refuses a node whose clock is over 5 seconds ahead or 5 minutes behind.
+4. Start: `polyrank deploy join .`. It dials $superlink, which must be reachable; nothing dials this machine.
 
-`polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, `polyrank deploy down .`
-ends it. With systemd: copy this folder to `/etc/polyrank/$name`, owned by the user that runs it, and
-`polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
+`polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, and
+`polyrank deploy down .` ends it. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
+runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
 `systemctl enable --now polyrank-node@$name`.
 
 | file | what it is |
@@ -140,8 +154,10 @@ ends it. With systemd: copy this folder to `/etc/polyrank/$name`, owned by the u
 README = """\
 # A polyrank deployment
 
-The server is dialled as $public; it has $count: $names. Everything below is run by one user, in this folder's parent
-environment (`pip install 'polyrank[flower]'`), and nothing in this folder but `nodes/` leaves the machine.
+The server is dialled as $public. It has $count: $names.
+
+Everything below is run by one user, in an environment with `pip install 'polyrank[flower]'`. Nothing in this folder
+but `nodes/` leaves the machine.
 
 ## Server
 
@@ -175,7 +191,7 @@ $sites
 
 | file | what it is | when it is lost or known to others |
 |---|---|---|
-| `ca/ca.key` | signs server certificates; needed by `polyrank deploy renew` alone, so keep it elsewhere | make a new deployment |
+| `ca/ca.key` | signs certificates; `polyrank deploy renew` alone needs it: keep it elsewhere | make a new deployment |
 | `server/server.key` | the server's identity | `polyrank deploy renew` |
 | `server/superexec.secret` | lets SuperExec take work from SuperLink | replace the file, restart |
 | `nodes/NAME/node.key` | a node's identity | `polyrank deploy remove $folder NAME`, then `add` |
