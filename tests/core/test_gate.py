@@ -14,15 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from polyrank.core.federate import federate
 from polyrank.core.gate import Gate, change, moved, reachable
 from polyrank.core.lowrank import Adapter, LowRank, delta, truncate
 from polyrank.core.rng import stream, torch_generator
-from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, Task, Update
+from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
 from polyrank.experiment.build import build
 from polyrank.experiment.loading import parse
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 from polyrank.local.optimizer import optimizer_of
+from polyrank.methods import METHODS
 
 SPEC = ModelSpec({"q": (6, 5), "v": (4, 7)})
 LOCAL = LocalTraining(lr=0.01, batch=4)
@@ -71,6 +73,32 @@ def test_what_is_not_finite_is_always_refused(where: str, value: float) -> None:
     assert passed == ["a", "c"]
     assert "not finite" in refused["b"]
     assert where in refused["b"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", [-9e5, 3e6, 1e15, 1e30, -3e38])
+def test_one_client_s_sizes_end_no_run(name: str, value: float) -> None:
+    """Without any check of norms: what passes is aggregated by every rule to what is finite, and trains on."""
+
+    class Clients:
+        known = {c: ClientProfile(10, rank=rank) for c, rank in zip("abc", (1, 2, 4), strict=True)}  # noqa: RUF012
+
+        def profiles(self) -> Mapping[str, ClientProfile]:
+            return self.known
+
+        def fit(self, tasks: Mapping[str, Task]) -> Iterator[Update]:
+            for client, task in tasks.items():
+                by = value if client == "c" else 0.01
+                yield Update(client, shifted(task.adapter, by), 10, task.factors)
+
+    state = ServerState(0, adapter_of(0, (4, 4), size=0.1))
+    method = METHODS[name]()
+    scores = dict.fromkeys(SPEC.modules, 1.0)
+    rounds = list(federate(method, state, Clients(), SPEC, LOCAL, rounds=2, measure=lambda query, state: scores))
+    assert all(set(record.refused) == ({"c"} if abs(value) > 1e6 else set()) for _, record in rounds)
+    after = rounds[-1][0]
+    values = [y for x in after.adapter.layers.values() for y in (x.A, x.B)] + list(after.adapter.dense.values())
+    assert all(bool(torch.isfinite(y).all()) for y in values)
 
 
 @pytest.mark.parametrize("examples", [-1.0, math.nan, math.inf])

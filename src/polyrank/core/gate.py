@@ -20,6 +20,7 @@ Refuse = Callable[[Client, str], None]
 _SLACK = 1.25  # for the rounding of messages that are quantised
 _BETA_1, _BETA_2 = 0.9, 0.999  # of torch's AdamW
 _SETTLED = 10_000  # steps, after which c_t of `reachable` is its limit to five digits
+_BEYOND = 1e6
 _GROWN = 700.0  # exp of more is no float
 
 
@@ -27,7 +28,8 @@ _GROWN = 700.0  # exp of more is no float
 class Gate:
     """Checks of every update against its task and its cohort; one that fails any is dropped, and the round goes on.
 
-    An update with a value that is not finite, or for a task that nobody was given, is always refused.
+    An update for a task that nobody was given, or with a value that is not finite, is always refused; so is one with a
+    value a million beyond all that were sent: no training leads there, and rules' products may overflow float32.
 
     Attributes:
         norm: refuse an update whose change of the model is more than this many times the cohort's median change
@@ -73,9 +75,12 @@ class Gate:
             return f"claims {update.examples:g} examples"
         if self.most_examples is not None and update.examples > self.most_examples:
             return f"claims {update.examples:g} examples, over the cap of {self.most_examples:g}"
+        largest = max((_largest(tensor) for _, tensor in _tensors(task.adapter)), default=0.0)
         for name, tensor in _tensors(update.adapter):
-            if not bool(torch.isfinite(tensor).all()):
+            if not math.isfinite(own := _largest(tensor)):
                 return f"has a value that is not finite in {name}"
+            if own > _BEYOND + largest:
+                return f"has a value of {own:.3g} in {name}, more than {_BEYOND:g} beyond the largest that was sent"
         if self.reach:
             far, most = moved(task.adapter, update.adapter), _SLACK * reachable(task, update.examples)
             if far > most:
@@ -105,7 +110,7 @@ def reachable(task: Task, examples: float) -> float:
     """The farthest that a task's optimizer can move what it trains, as an L2 norm; infinite where nothing bounds it.
 
         AdamW:    far = sum_t lr * c_t * sqrt(n), and with decay far + steps * lr * weight_decay * (start + far)
-                  c_t = (1 - beta_1) / sqrt(1 - beta_2) * sqrt((1 - q^t) / (1 - q)) * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+                  c_t = (1 - beta_1) / sqrt(1 - beta_2) sqrt((1 - q^t) / (1 - q)) sqrt(1 - beta_2^t) / (1 - beta_1^t)
                   q = beta_1^2 / beta_2
         SGD:      sum_t a * (clip + weight_decay * start) * (1 + a * weight_decay)^t, a = lr / (1 - momentum);
                   with clipping only
@@ -156,6 +161,10 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     for name, x in adapter.layers.items():
         yield from ((f"{name}.A", x.A), (f"{name}.B", x.B))
     yield from adapter.dense.items()
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _double(x: LowRank) -> LowRank:
