@@ -81,7 +81,7 @@ def decode_query(blob: bytes) -> tuple[Query, ServerState]:
     try:
         query = Query(**header["query"])
     except BROKEN as error:
-        raise WireError(f"not a query: {error}") from None
+        raise WireError(f"not a query: {str(error)[:300]}") from None
     words = ((query.kind, ("fisher", "gradient")), (query.on, get_args(MeasuredOn)), (query.labels, get_args(Labels)))
     for word, valid in (*words, (query.form, get_args(FisherForm)), (query.target, get_args(Target))):
         if word not in valid:

@@ -155,7 +155,7 @@ def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
         round_, seed = _count(header["round"]), _count(header["seed"])
         return Task(round_, adapter, frozen, header["factors"], local, penalty, seed), header
     except BROKEN as error:
-        raise WireError(f"not a task: {error}") from None
+        raise WireError(f"not a task: {str(error)[:300]}") from None
 
 
 def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "float32") -> bytes:
