@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".*.tmp"
+"""Names of files that are being written, or were when their process died."""
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes under a temporary name, flushes to disk, and renames: a reader never sees half a file."""
@@ -25,7 +28,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what writes left in a folder when the process died in the middle of them."""
-    for temporary in folder.rglob(".*.tmp"):
+    for temporary in folder.rglob(TEMPORARY):
         temporary.unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ from polyrank.core.types import Client, ClientProfile
 from polyrank.data import Source
 from polyrank.engines.exchange import Kind
 from polyrank.engines.letters import decode_query, encode_profile, encode_scores
-from polyrank.engines.wire import WireError, decode_task, digest, encode_update, opened
+from polyrank.engines.wire import LISTING, WireError, decode_task, digest, encode_update, opened
 from polyrank.errors import InputError
 from polyrank.experiment.components import Strict, entry_model, parameters, union_of
 from polyrank.experiment.config import ConfigError, Count, ModelConfig, Resources
@@ -115,7 +115,7 @@ class Site:
         return {"profile": self._profile, "fit": self._fit, "measure": self._measure}[kind](blob)
 
     def _profile(self, blob: bytes) -> bytes:
-        header, _ = opened(blob, "hello")
+        header, _ = opened(blob, "hello", LISTING)
         base, _ = self._model(header.get("model"))
         return encode_profile(self.holdings.profile, base.fingerprint(), blob)
 

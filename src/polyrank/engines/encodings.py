@@ -77,7 +77,7 @@ def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks of a tensor divided by their largest magnitude, (blocks, BLOCK), padded with zeros; the magnitudes."""
     blocks = torch.zeros(_blocks(x.numel()) * BLOCK)
     blocks[: x.numel()] = x.flatten()
-    blocks = blocks.view(-1, BLOCK)
+    blocks = blocks.view(_blocks(x.numel()), BLOCK)
     scales = blocks.abs().amax(1)
     return blocks / torch.where(scales > 0, scales, 1.0)[:, None], scales
 

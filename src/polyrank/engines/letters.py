@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_args
+
+import torch
 
 from polyrank.core.lowrank import Adapter
 from polyrank.core.types import (
@@ -14,14 +16,20 @@ from polyrank.core.types import (
     FisherForm,
     Labels,
     LocalTraining,
+    MeasuredOn,
     Query,
     ServerState,
     Target,
     Task,
 )
-from polyrank.engines.wire import WireError, decode_task, digest, encode_task, frame, opened
+from polyrank.engines.wire import BROKEN, SMALL, WireError, decode_task, digest, encode_task, frame, opened, shown
 
 _KNOWN = {"examples": int, "rank": int, "memory": float, "uplink": float, "downlink": float, "flops": float}
+_MOST = 2**53
+"""Examples, and bytes and operations per second, beyond which nothing is a figure of a client."""
+_MOST_SCORE = torch.finfo(torch.float32).max
+_PER_SCORE = 32
+"""Most bytes of a score in a message, beside its layer's name."""
 
 
 def ask_profile(model: Mapping[str, Any]) -> bytes:
@@ -41,18 +49,18 @@ def decode_profile(blob: bytes, asked: bytes, base: str) -> ClientProfile:
     Raises:
         WireError: if it is none, answers something else, or is of a client with another base model.
     """
-    header, _ = opened(blob, "profile")
+    header = _bare(blob, "profile", SMALL)
     if header.get("asked") != digest(asked):
         raise WireError("answers another question")
     if header.get("base") != base:
-        raise WireError(f"its base model is {str(header.get('base'))[:16]!r}, the server's is {base[:16]!r}")
+        raise WireError(f"its base model is {shown(header.get('base'), 18)}, the server's is {base[:16]!r}")
     values = header.get("profile")
     if not isinstance(values, dict) or "examples" not in values or not values.keys() <= _KNOWN.keys():
-        raise WireError(f"profile: {str(values)[:100]} must have examples, and no other keys than {', '.join(_KNOWN)}")
+        held = ", ".join(sorted(values))[:200] if isinstance(values, dict) else shown(values)
+        raise WireError(f"profile: {held}: must have examples, and no other keys than {', '.join(_KNOWN)}")
     for name, value in values.items():
-        numeric = type(value) is int or (_KNOWN[name] is float and type(value) is float and math.isfinite(value))
-        if not numeric or value < 0:
-            raise WireError(f"profile: {name}: {str(value)[:40]!r} is not a number that it can be")
+        if type(value) not in (int, _KNOWN[name]) or not 0 <= value <= _MOST:
+            raise WireError(f"profile: {name}: {shown(value)} is not a number that it can be")
     return ClientProfile(**values)
 
 
@@ -72,12 +80,16 @@ def decode_query(blob: bytes) -> tuple[Query, ServerState]:
     task, header = decode_task(blob)
     try:
         query = Query(**header["query"])
-    except (KeyError, TypeError) as error:
-        raise WireError(f"not a query: {error}") from None
-    words = ((query.kind, ("fisher", "gradient")), (query.labels, get_args(Labels)))
+    except BROKEN as error:
+        raise WireError(f"not a query: {str(error)[:300]}") from None
+    words = ((query.kind, ("fisher", "gradient")), (query.on, get_args(MeasuredOn)), (query.labels, get_args(Labels)))
     for word, valid in (*words, (query.form, get_args(FisherForm)), (query.target, get_args(Target))):
         if word not in valid:
-            raise WireError(f"query: {str(word)[:40]!r} is none of {', '.join(valid)}")
+            raise WireError(f"query: {shown(word)} is none of {', '.join(valid)}")
+    for name in ("samples", "round", "seed"):
+        number = getattr(query, name)
+        if (type(number) is not int or number < 0) and (name, number) != ("samples", None):
+            raise WireError(f"query: {name}: {shown(number)} is not a whole number from 0")
     return query, ServerState(task.round, task.adapter, task.frozen)
 
 
@@ -92,15 +104,23 @@ def decode_scores(blob: bytes, asked: bytes, layers: Adapter, client: Client) ->
     Raises:
         WireError: if they are not of the question, one for each layer, finite and not negative.
     """
-    header, _ = opened(blob, "scores", 1 << 24)
+    header = _bare(blob, "scores", SMALL + sum(len(json.dumps(name)) + _PER_SCORE for name in layers.layers))
     scores, examples = header.get("scores"), header.get("examples")
     if header.get("asked") != digest(asked):
         raise WireError("answers another question")
-    if type(examples) is not int or examples < 0:
-        raise WireError(f"examples: {str(examples)[:40]!r} of {client!r}")
+    if type(examples) is not int or not 0 <= examples <= _MOST:
+        raise WireError(f"examples: {shown(examples)} of {client!r} is not a number that it can be")
     if not isinstance(scores, dict) or scores.keys() != layers.layers.keys():
         raise WireError("scores are not those of the model's layers")
     for name, value in scores.items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise WireError(f"score of {name}: {str(value)[:40]!r}")
+        if type(value) not in (int, float) or not 0 <= value <= _MOST_SCORE:
+            raise WireError(f"score of {name}: {shown(value)} is not a number from 0 to {_MOST_SCORE:.3g}")
     return scores, examples
+
+
+def _bare(blob: bytes, kind: str, most: int) -> dict[str, Any]:
+    """The header of a message that has nothing else."""
+    header, body = opened(blob, kind, most)
+    if body:
+        raise WireError(f"has {len(body)} bytes after its header, where none are due")
+    return header

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,12 +33,20 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch
 _PREFIX = 4096
 """Most bytes that safetensors' own header takes here: it names two tensors at most."""
 
-SMALL = 1 << 20
-"""Most bytes of a header, unpacked, that does not list a model's layers."""
-LISTING = 1 << 28
-"""Most bytes of one that does."""
+SMALL = 1 << 14
+"""Most bytes of a header, unpacked, that lists nothing."""
+LISTING = 1 << 24
+"""Most bytes of one that lists a model's layers or classes."""
+_PER_RANK = 8
+"""Most bytes of a rank in a list of them."""
+_MOST_EXAMPLES = 2**53
+_LARGEST = sys.float_info.max
 
 _METRICS = {"loss", "steps", "seconds", "memory", "epsilon"}
+
+
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading values that may be anything can raise."""
 
 
 class WireError(ValueError):
@@ -138,12 +147,15 @@ def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
         adapter, frozen = (_filled(part, found) for part in parts)
         penalty = None if header["penalty"] is None else TailPenalty(**header["penalty"])
         local = LocalTraining(**header["local"])
-        if header["factors"] not in ("A", "B", "AB") or header["reply"] not in CODECS:
-            raise WireError(f"factors {header['factors']!r}, reply {header['reply']!r}")
-        task = Task(int(header["round"]), adapter, frozen, header["factors"], local, penalty, int(header["seed"]))
-        return task, header
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"not a task: {error}") from None
+        for key, valid in (("factors", ("A", "B", "AB")), ("reply", tuple(CODECS))):
+            if header[key] not in valid:
+                raise WireError(f"{key}: {shown(header[key])} is none of {', '.join(valid)}")
+        if not isinstance(header["client"], str):
+            raise WireError(f"client: {shown(header['client'])} is not a name")
+        round_, seed = _count(header["round"]), _count(header["seed"])
+        return Task(round_, adapter, frozen, header["factors"], local, penalty, seed), header
+    except BROKEN as error:
+        raise WireError(f"not a task: {str(error)[:300]}") from None
 
 
 def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "float32") -> bytes:
@@ -175,7 +187,11 @@ def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "f
 def most_bytes(sent: Sent) -> int:
     """The longest that an answer to a task may be."""
     sizes = [x.numel() for x in _values(sent.task.adapter, sent.task.factors)]
-    return _FRAME.size + SMALL + _PREFIX + CODECS[sent.reply].nbytes(sizes)
+    return _FRAME.size + _most_header(sent) + _PREFIX + CODECS[sent.reply].nbytes(sizes)
+
+
+def _most_header(sent: Sent) -> int:
+    return SMALL + _PER_RANK * len(sent.task.adapter.layers)
 
 
 def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, float]:
@@ -187,19 +203,20 @@ def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, floa
     """
     if len(blob) > most_bytes(sent):
         raise WireError(f"has {len(blob)} bytes, and an answer to its task has at most {most_bytes(sent)}")
-    header, body = opened(blob, "update")
+    header, body = opened(blob, "update", _most_header(sent))
     task = sent.task
     for key, due in (("round", task.round), ("client", client), ("task", sent.digest)):
-        if header.get(key) != due or isinstance(header.get(key), bool):
-            raise WireError(f"{key}: {str(header.get(key))[:80]!r}, not {due!r}")
+        if header.get(key) != due or type(header[key]) is not type(due):
+            raise WireError(f"{key}: {shown(header.get(key))}, not {due!r}")
     known = {"kind", "round", "client", "task", "examples", "metrics", "ranks", "error"}
     if unknown := sorted(header.keys() - known):
         raise WireError(f"has unknown parts: {', '.join(unknown)[:200]}")
     examples, metrics = _number(header.get("examples"), "examples"), header.get("metrics")
-    if examples <= 0:
-        raise WireError(f"examples: {examples:g} must be more than 0")
+    if not 0 < examples <= _MOST_EXAMPLES:
+        raise WireError(f"examples: {examples:g} must be more than 0 and at most 2^53")
     if not isinstance(metrics, dict) or not metrics.keys() <= _METRICS:
-        raise WireError(f"metrics: {str(metrics)[:80]} are not among {', '.join(sorted(_METRICS))}")
+        names = shown(metrics) if not isinstance(metrics, dict) else ", ".join(sorted(metrics))[:200]
+        raise WireError(f"metrics: {names}: not all are among {', '.join(sorted(_METRICS))}")
     metrics = {name: _number(value, name) for name, value in metrics.items()}
     start = _at_ranks(task, header.get("ranks"))
     values = _values(start, task.factors)
@@ -218,11 +235,11 @@ def _at_ranks(task: Task, ranks: Any) -> Adapter:
     if task.penalty is None or not task.penalty.prune:
         raise WireError("states ranks of its own, and its task has none pruned")
     if not isinstance(ranks, list) or len(ranks) != len(layers):
-        raise WireError(f"ranks: {str(ranks)[:80]} are not one for each of {len(layers)} layers")
+        raise WireError(f"ranks: {shown(ranks)} is not a list of one for each of {len(layers)} layers")
     pruned = {}
     for (name, x), rank in zip(layers.items(), ranks, strict=True):
         if type(rank) is not int or not 1 <= rank <= x.rank:
-            raise WireError(f"ranks: {str(rank)[:20]} for {name}, which was sent rank {x.rank}")
+            raise WireError(f"ranks: {shown(rank)} for {name}, which was sent rank {x.rank}")
         pruned[name] = LowRank(x.A[:rank], x.B[:, :rank], x.scale)
     return Adapter(pruned, task.adapter.dense)
 
@@ -265,7 +282,9 @@ def _sizes(listing: Mapping[str, Any]) -> list[int]:
 def _filled(listing: Mapping[str, Any], flat: Any) -> Adapter:
     layers = {}
     for name, out, into, rank, scale in listing["layers"]:
-        layers[str(name)] = LowRank(next(flat).view(rank, into), next(flat).view(out, rank), _number(scale, "scale"))
+        layers[str(name)] = LowRank(
+            next(flat).view(rank, into), next(flat).view(out, rank), _number(scale, "scale", -_LARGEST)
+        )
     return Adapter(layers, {str(name): next(flat).view(shape) for name, shape in listing["dense"]})
 
 
@@ -276,10 +295,12 @@ def _read(body: bytes, encoding: str, sizes: Sequence[int]) -> list[Tensor]:
         WireError: if the bytes hold anything else.
     """
     if encoding not in CODECS:
-        raise WireError(f"encoding: {str(encoding)[:40]!r} is none of {', '.join(CODECS)}")
+        raise WireError(f"encoding: {shown(encoding)} is none of {', '.join(CODECS)}")
     codec = CODECS[encoding]
     if len(body) > _PREFIX + codec.nbytes(sizes):
         raise WireError(f"has {len(body)} bytes of tensors, where {codec.nbytes(sizes)} are due")
+    if int.from_bytes(body[:8], "little") > _PREFIX:
+        raise WireError(f"its tensors are listed in more than {_PREFIX} bytes")
     try:
         found = dict(deserialize(body))
     except (SafetensorError, ValueError) as error:
@@ -298,14 +319,21 @@ def _read(body: bytes, encoding: str, sizes: Sequence[int]) -> list[Tensor]:
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise WireError(f"{str(value)[:40]!r} is not a size")
+        raise WireError(f"{shown(value)} is not a whole number from 0")
     return value
 
 
-def _number(value: Any, what: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise WireError(f"{what}: {str(value)[:40]!r} is not a number")
+def _number(value: Any, what: str, least: float = 0.0) -> float:
+    # Comparing, unlike converting, takes integers of any length.
+    if type(value) not in (int, float) or not least <= value <= _LARGEST:
+        raise WireError(f"{what}: {shown(value)} is not a finite number from {least:g}")
     return float(value)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """What a message holds where something else is due, in few characters; lists and objects by their type alone."""
+    plain = value is None or isinstance(value, str | int | float)
+    return repr(value)[:most] if plain else f"a {type(value).__name__}"
 
 
 def _no_constant(word: str) -> None:

@@ -28,7 +28,7 @@ from polyrank.core.types import RoundRecord, ServerState
 from polyrank.errors import InputError
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.loading import parse
-from polyrank.files import sweep, write_bytes, write_text
+from polyrank.files import TEMPORARY, sweep, write_bytes, write_text
 
 _NO_RANK = -1  # of a layer that a client has not pruned
 
@@ -132,7 +132,7 @@ class Run:
 
 
 def check_free(folder: Path) -> None:
-    """Refuses an output folder with anything in it.
+    """Refuses an output folder with anything in it but what a run left that died while it made the first of its files.
 
     Raises:
         RunError: saying what is there, and how to go on.
@@ -141,7 +141,7 @@ def check_free(folder: Path) -> None:
         raise RunError(
             f"{folder}: already holds a run; `polyrank resume {folder}` continues it, or choose another --out"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or not all(path.match(TEMPORARY) for path in folder.iterdir())):
         raise RunError(f"{folder}: is not an empty folder; choose another --out")
 
 
