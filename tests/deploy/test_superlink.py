@@ -14,15 +14,15 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-from polyrank.deploy import follow, operate, supervise  # noqa: E402
-from polyrank.deploy.demo import CHECKED, set_up, tear_down  # noqa: E402
-from polyrank.deploy.layout import Deployment  # noqa: E402
-from polyrank.engines.audit import Audit  # noqa: E402
-from polyrank.experiment.config import Experiment  # noqa: E402
-from polyrank.experiment.loading import parse  # noqa: E402
-from polyrank.experiment.machine import on_this_machine  # noqa: E402
-from polyrank.experiment.session import Session  # noqa: E402
-from polyrank.experiment.store import Run  # noqa: E402
+from polyrank.deploy import follow, operate, supervise
+from polyrank.deploy.demo import CHECKED, set_up, tear_down
+from polyrank.deploy.layout import Deployment
+from polyrank.engines.audit import Audit
+from polyrank.experiment.config import Experiment
+from polyrank.experiment.loading import parse
+from polyrank.experiment.machine import on_this_machine
+from polyrank.experiment.session import Session
+from polyrank.experiment.store import Run
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 Config = dict[str, Any]
