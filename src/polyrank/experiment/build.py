@@ -41,6 +41,8 @@ from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.local import hf, lokr
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
+from polyrank.local.dp import require_opacus
+from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.prefix import Prefixes
 
 Split = TextSplit | ImageSplit
@@ -144,6 +146,8 @@ def build_here(experiment: Experiment, sharing: int = 1) -> World:
     """
     torch.set_num_threads(experiment.threads or default_threads())
     method = experiment.build_method()
+    if experiment.protection():
+        require_opacus()
     check_stated_ranks(experiment)
     planned = describe(experiment, method)
     budgets = group_budgets(experiment, method, planned)
@@ -167,6 +171,9 @@ def build_here(experiment: Experiment, sharing: int = 1) -> World:
         prefixes=None if cache == "off" else Prefixes(base, splits["train"], cache / sharing),
     )
     start = first_state(experiment, method, base, rank)
+    if experiment.privacy.examples is not None:
+        frozen = base.head if method.dense == "freeze" else ()
+        refuse_unsound(base, [name for name in start.adapter.dense if name not in frozen])
     info = replace(base.info, rank=method.rank)
     return World(base, spec, rank, simulator, method, splits, start, info)
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, create_model, model_va
 
 from polyrank.core.architecture import Quantization
 from polyrank.core.method import Method
+from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
 from polyrank.core.types import LocalTraining
 from polyrank.errors import InputError
 from polyrank.experiment.components import (
@@ -21,6 +22,7 @@ from polyrank.experiment.components import (
     table_type,
     union_of,
 )
+from polyrank.experiment.privacy import check_privacy
 from polyrank.experiment.tables import DATASETS, METHODS, PARTITIONERS, SLOTS
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
@@ -151,6 +153,22 @@ class SimulationConfig(Strict):
     workers: Literal["auto"] | Count = 1
 
 
+def _settings(made: type, name: str) -> Any:
+    return create_model(name, __base__=Strict, __doc__=made.__doc__, **parameters(made, keyword_only=False))
+
+
+class PrivacyConfig(Strict):
+    """Differential privacy, off unless asked for.
+
+    Attributes:
+        clients: for whole clients.
+        examples: for single examples.
+    """
+
+    clients: _settings(ClientPrivacy, "ClientPrivacyConfig") | None = None  # type: ignore[valid-type]
+    examples: _settings(ExamplePrivacy, "ExamplePrivacyConfig") | None = None  # type: ignore[valid-type]
+
+
 class Expected(Strict):
     """The figure that the experiment is expected to reach: final test accuracy, within a tolerance."""
 
@@ -206,7 +224,7 @@ class Experiment(Strict):
         absent: probability that a client asked in a round does not answer.
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
-        model, data, fleet, method, local, costs, evaluate, simulation: see there.
+        model, data, fleet, method, local, costs, evaluate, simulation, privacy: see there.
         baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
             many rounds and evaluated alike.
         expected: the figure to reach, checked by tests.
@@ -226,6 +244,7 @@ class Experiment(Strict):
     costs: CostsConfig = CostsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     simulation: SimulationConfig = SimulationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
     expected: Expected | None = None
 
@@ -234,12 +253,20 @@ class Experiment(Strict):
         total = sum(group.share for group in self.fleet)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"fleet: shares sum to {total:g}, not 1")
-        self.local_training()
+        check_privacy(self.protection(), self.build_method(), self.local_training())
         return self
 
     def local_training(self) -> LocalTraining:
         """The settings of a client's round."""
         return LocalTraining(**self.local.model_dump())
+
+    def protection(self) -> Privacy:
+        """What is protected, and how."""
+        clients, examples = self.privacy.clients, self.privacy.examples
+        return Privacy(
+            None if clients is None else ClientPrivacy(**clients.model_dump()),
+            None if examples is None else ExamplePrivacy(**examples.model_dump()),
+        )
 
     def build_method(self) -> Method:
         """The composition, with the slots that the file overrides."""
