@@ -23,7 +23,7 @@ Noise = Callable[[Sequence[int]], Tensor]
 def seeded(rng: np.random.Generator) -> Noise:
     """The noise of a stream (one draw is taken from it)."""
     generator = torch_generator(rng)
-    return lambda shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return lambda shape: torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
 
 
 def secret(shape: Sequence[int]) -> Tensor:
@@ -34,7 +34,7 @@ def secret(shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     bits = np.frombuffer(os.urandom(16 * count), dtype="<u8").reshape(2, count) >> np.uint64(11)
     u, v = (bits[0] + 1.0) * 2.0**-53, bits[1] * 2.0**-53
-    return torch.from_numpy(np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)).reshape(*shape)
+    return torch.from_numpy(np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)).reshape(tuple(shape))
 
 
 def noise_of(secretly: bool, seed: int, *path: str | int) -> Noise:
