@@ -183,9 +183,9 @@ def federate(
 
     With `errors`, records say how exact each aggregate is (`aggregation_error`), for which the low-rank layers of the
     cohort are kept until the round ends, also where the rule streams. `device` is where the rule computes (`absorb`).
-    With `privacy` on the server, the rule gets clipped updates with noise on their sum (`privately_summed`), and must be
-    linear in the factors and weigh all alike. The noise is of the run's streams, or of the operating system's entropy if
-    it is to be `secret`, as outside of a simulation it must.
+    With `privacy` on the server, the rule gets clipped updates with noise on their sum (`privately_summed`); it must be
+    linear in the factors and weigh all clients alike. The noise is of the run's streams, or of the operating system's
+    entropy if it is to be `secret`, as outside of a simulation it must.
 
     Raises:
         ValueError: if there are no clients, or the method's scorer needs a `measure` and there is none.
