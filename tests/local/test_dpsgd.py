@@ -17,7 +17,7 @@ from polyrank.core.rng import stream
 from polyrank.core.types import ClientProfile, LocalTraining, TailPenalty, Task
 from polyrank.data import ImageSplit, TextSplit
 from polyrank.engines.simulator import Simulator
-from polyrank.errors import InputError
+from polyrank.errors import InputError, TrainingError
 from polyrank.local import dpsgd
 from polyrank.local.base import Base
 from polyrank.local.cohort import Job
@@ -211,6 +211,12 @@ def test_a_simulator_trains_them_whoever_else_is_asked(bert: World) -> None:
     hidden = Simulator(base, data, shares, clients.profiles(), secret=True)
     (secretly,) = hidden.fit({"b": task_of(adapter, folded, epochs=2)})
     assert not all(torch.equal(t, named(alone.adapter)[n]) for n, t in named(secretly.adapter).items())
+
+
+def test_weights_that_leave_the_finite_numbers_name_the_client(bert: World) -> None:
+    base, adapter, folded, data = bert
+    with pytest.raises(TrainingError, match=r"round 2, client 'a': weights are not finite.*local\.lr"):
+        train(base, task_of(adapter, folded, lr=3e38, steps=3), "a", data, np.arange(9))
 
 
 # --- what is refused

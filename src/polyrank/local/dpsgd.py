@@ -105,7 +105,7 @@ def train_privately(
         with hooked(trained.live, base.modules, trained.masks):
             _run(trained, settings, samples, rate(task.local, examples) * examples, data, noise)
     if not all(bool(tensor.isfinite().all()) for tensor in trained.tensors.values()):
-        raise TrainingError(f"round {task.round}: weights are not finite; lower local.lr ({task.local.lr:g})")
+        raise TrainingError(f"weights are not finite after DP-SGD; lower local.lr ({task.local.lr:g})")
     return trained.adapter()
 
 

@@ -107,7 +107,10 @@ def train_together(
 def _train_privately(base: Base, job: Job, data: Examples) -> Update:
     assert job.noise is not None
     samples = [sample for (sample,) in job.steps]
-    adapter = train_privately(base, job.task, samples, job.examples, data, job.seed, job.noise)
+    try:
+        adapter = train_privately(base, job.task, samples, job.examples, data, job.seed, job.noise)
+    except TrainingError as error:
+        raise TrainingError(f"round {job.task.round}, client {job.client!r}: {error}") from None
     return _protected(job, Update(job.client, adapter, job.examples, job.task.factors))
 
 
