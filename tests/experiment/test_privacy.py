@@ -114,20 +114,32 @@ def test_epsilon_is_opacus_for_the_client_that_was_asked_most(tmp_path: Path, co
 
 def test_what_clients_send_themselves_counts_twice() -> None:
     profiles = {"a": ClientProfile(9), "b": ClientProfile(9)}
-    records = [{"bytes_down": {"a": 1000}}, {"bytes_down": {"a": 1000, "b": 10}}]
-    spent = Spent(Privacy(ClientPrivacy(0.1, 3.0, "client")), LocalTraining(), profiles, records)
+    records = [
+        {"bytes_down": {"a": 1000}, "examples": {"a": 1.0}},
+        {"bytes_down": {"a": 1000, "b": 10}, "examples": {}},
+    ]
+    spent = Spent(Privacy(ClientPrivacy(0.1, 3.0, "client")), LocalTraining(), lambda: profiles, records)
     assert spent.metrics() == {"privacy/clients": pytest.approx(by_opacus([(1.5, 1.0, 2)], 1e-5))}
-    spent.add({"b": 7, "a": 7})
+    spent.add({"b": 7, "a": 7}, {})
     assert spent.metrics() == {"privacy/clients": pytest.approx(by_opacus([(1.5, 1.0, 3)], 1e-5))}
 
 
 def test_nothing_is_spent_on_clients_without_examples_or_rounds() -> None:
     profiles = {"a": ClientProfile(0)}
-    spent = Spent(Privacy(examples=ExamplePrivacy(1.0, 1.0)), LocalTraining(), profiles)
+    spent = Spent(Privacy(examples=ExamplePrivacy(1.0, 1.0)), LocalTraining(), lambda: profiles)
     assert spent.metrics() == {"privacy/examples": 0.0}
-    spent.add(["a"])
+    spent.add(["a"], {})
     assert spent.metrics() == {"privacy/examples": 0.0}
-    assert Spent(Privacy(), LocalTraining(), profiles).metrics() == {}
+    assert Spent(Privacy(), LocalTraining(), lambda: profiles).metrics() == {}
+
+
+def test_a_client_that_has_left_counts_with_the_examples_of_its_update() -> None:
+    privacy, local = Privacy(examples=ExamplePrivacy(1.0, 1.0)), LocalTraining(batch=10)
+    there = {"a": ClientProfile(100), "b": ClientProfile(1000)}
+    records = [{"bytes_down": {"a": 1, "b": 1}, "examples": {"a": 100.0}}]
+    with_it = Spent(privacy, local, lambda: there, records).metrics()["privacy/examples"]
+    assert Spent(privacy, local, lambda: {"b": there["b"]}, records).metrics() == {"privacy/examples": with_it}
+    assert with_it == pytest.approx(by_opacus([(1.0, 0.1, 10)], 1e-5))
 
 
 def test_several_processes_train_the_same_bytes(tmp_path: Path, config: Config) -> None:

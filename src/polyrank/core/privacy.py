@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 Where = Literal["central", "client"]
 
 
 def _check(section: str, values: object) -> None:
     """Refuses numbers under which nothing would be promised."""
-    for field, high in (("clip", math.inf), ("noise", math.inf), ("delta", 1.0)):
-        value = getattr(values, field)
+    for key, high in (("clip", math.inf), ("noise", math.inf), ("delta", 1.0)):
+        value = getattr(values, key)
         if not (0 < value < high):
-            raise ValueError(f"privacy.{section}.{field}: {value} must be more than 0 and less than {high:g}")
+            raise ValueError(f"privacy.{section}.{key}: {value} must be more than 0 and less than {high:g}")
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,23 @@ class Privacy:
     clients: ClientPrivacy | None = None
     examples: ExamplePrivacy | None = None
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Mapping[str, Any] | None]) -> Privacy:
+        """What `dataclasses.asdict` made of one, or a file says.
+
+        >>> from dataclasses import asdict
+        >>> privacy = Privacy(clients=ClientPrivacy(clip=1.0, noise=2.0))
+        >>> Privacy.of(asdict(privacy)) == privacy
+        True
+        """
+        clients, examples = plain.get("clients"), plain.get("examples")
+        return cls(
+            None if clients is None else ClientPrivacy(**clients),
+            None if examples is None else ExamplePrivacy(**examples),
+        )
+
     def __bool__(self) -> bool:
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        return self.clients is not None or self.examples is not None
 
     @property
     def on_server(self) -> ClientPrivacy | None:

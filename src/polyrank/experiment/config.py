@@ -262,11 +262,7 @@ class Experiment(Strict):
 
     def protection(self) -> Privacy:
         """What is protected, and how."""
-        clients, examples = self.privacy.clients, self.privacy.examples
-        return Privacy(
-            None if clients is None else ClientPrivacy(**clients.model_dump()),
-            None if examples is None else ExamplePrivacy(**examples.model_dump()),
-        )
+        return Privacy.of(self.privacy.model_dump())
 
     def build_method(self) -> Method:
         """The composition, with the slots that the file overrides."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from polyrank.core.method import Method
@@ -65,7 +65,7 @@ class Spent:
     Args:
         privacy: what is protected.
         local: how clients train.
-        profiles: how many examples each client has.
+        profiles: tells how many examples each client has; who is not there counts with what its update said.
         records: of the rounds before this sitting.
     """
 
@@ -73,17 +73,19 @@ class Spent:
         self,
         privacy: Privacy,
         local: LocalTraining,
-        profiles: Mapping[Client, ClientProfile],
+        profiles: Callable[[], Mapping[Client, ClientProfile]],
         records: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self.privacy, self.local, self.profiles = privacy, local, profiles
         self.asked: Counter[Client] = Counter()
+        self.sizes: dict[Client, int] = {}
         for record in records:
-            self.add(record["bytes_down"])
+            self.add(record["bytes_down"], record["examples"])
 
-    def add(self, asked: Iterable[Client]) -> None:
-        """One more round, of these clients."""
+    def add(self, asked: Iterable[Client], examples: Mapping[Client, float]) -> None:
+        """One more round, of these clients, with the examples behind their updates."""
         self.asked.update(iter(asked))  # a mapping's keys: its values would be counts
+        self.sizes |= {client: int(count) for client, count in examples.items()}
 
     def metrics(self) -> dict[str, float]:
         """Epsilon so far, by the names it has in records."""
@@ -92,11 +94,17 @@ class Spent:
             most = max(self.asked.values(), default=0)
             found["privacy/clients"] = epsilon([Part(clients.multiplier, 1.0, most)], clients.delta)
         if examples is not None:
-            parts = {self._part(examples.noise, client, rounds) for client, rounds in self.asked.items()}
+            parts = {self._part(examples.noise, count, rounds) for count, rounds in self._trained()}
             found["privacy/examples"] = max((epsilon([part], examples.delta) for part in parts), default=0.0)
         return found
 
-    def _part(self, noise: float, client: Client, rounds: int) -> Part:
+    def _trained(self) -> Iterator[tuple[int, int]]:
+        """For each client that was asked: its examples, and its rounds."""
+        profiles = self.profiles()
+        for client, rounds in self.asked.items():
+            if client in profiles or client in self.sizes:  # others have sent nothing
+                yield profiles[client].examples if client in profiles else self.sizes[client], rounds
+
+    def _part(self, noise: float, count: int, rounds: int) -> Part:
         """A client's DP-SGD steps so far."""
-        count = self.profiles[client].examples
         return Part(noise, rate(self.local, count) if count else 1.0, rounds * steps(self.local, count))

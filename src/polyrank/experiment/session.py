@@ -42,8 +42,7 @@ class Session:
         self.records: list[Mapping[str, Any]] = list(run.records())
         self.validation = self._validation_subset()
         e = self.experiment
-        profiles = self.world.simulator.profiles()
-        self.spent = Spent(e.protection(), e.local_training(), profiles, self.records)
+        self.spent = Spent(e.protection(), e.local_training(), self.world.simulator.profiles, self.records)
 
     def rounds(self) -> Iterator[tuple[RoundRecord, float]]:
         """Runs the remaining rounds; after each: record and checkpoint on disk, then the record and its seconds."""
@@ -65,7 +64,7 @@ class Session:
         )
         started = time.monotonic()
         for state, record in steps:
-            self.spent.add(record.bytes_down)
+            self.spent.add(record.bytes_down, record.examples)
             record = replace(record, metrics=self.spent.metrics())
             if state.round % e.evaluate.every == 0 or state.round == e.rounds:
                 measured = self.measure([state.folded, state.adapter], "validation")
