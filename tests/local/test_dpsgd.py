@@ -18,7 +18,7 @@ from polyrank.core.types import ClientProfile, LocalTraining, TailPenalty, Task
 from polyrank.data import ImageSplit, TextSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.errors import InputError, TrainingError
-from polyrank.local import dpsgd
+from polyrank.local import dpsgd, lokr
 from polyrank.local.base import Base
 from polyrank.local.cohort import Job
 from polyrank.local.data import Examples
@@ -96,6 +96,19 @@ def test_a_step_is_that_of_clipped_gradients_of_single_examples(
     moved = [n for n, t in named(found).items() if not torch.equal(t, named(adapter)[n])]
     assert any(n in adapter.dense for n in moved)
     assert {n[0] for n in moved if "/" in n} == set(factors)
+
+
+def test_kronecker_factors_have_gradients_by_example_too(
+    tiny_model: Model, toy_texts: TextSplit, random_adapter: Any
+) -> None:
+    base, _, _, data = world("bert", tiny_model, toy_texts, random_adapter)
+    factors = {n: t + 0.1 for n, t in lokr.fresh(base.spec.modules, 2, stream(0, "adapter")).items()}
+    adapter = Adapter({}, {**factors, **base.initial_head()})
+    found = train_privately(base, task_of(adapter, Adapter()), [CHOSEN], 12, data, 0, silent)
+    expected = by_hand((base, adapter, Adapter(), data), CHOSEN, "AB", 4.0)
+    for name, tensor in named(found).items():
+        torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=2e-4, atol=2e-6, msg=name)
+    assert any(lokr.is_part(n) and not torch.equal(t, adapter.dense[n]) for n, t in found.dense.items())
 
 
 def test_samples_that_are_cut_into_several_passes_step_once(bert: World, monkeypatch: pytest.MonkeyPatch) -> None:
