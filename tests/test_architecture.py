@@ -34,6 +34,7 @@ ONLY_IN = {
     "peft": {"polyrank.local.hf"},
     "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures"},
+    "opacus": {"polyrank.local.dp"},
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {"load", "save"}  # of torch
@@ -201,6 +202,9 @@ FOREIGN = [
     ("polyrank.local.trainer", "from transformers import AutoModel"),
     ("polyrank.local.adapters", "def f():\n    import peft"),
     ("polyrank.engines.simulator", "import flwr"),
+    ("polyrank.experiment.privacy", "from opacus.accountants import RDPAccountant"),
+    ("polyrank.core.x", "import opacus"),
+    ("polyrank.local.dpsgd", "def f():\n    import opacus.optimizers"),
     ("polyrank.cli", "import matplotlib.pyplot as plt"),
 ]
 ALLOWED = [
@@ -208,6 +212,7 @@ ALLOWED = [
     ("polyrank.methods.x", "from polyrank.core import lowrank\nfrom . import named"),
     ("polyrank.local.adapters", "from polyrank.files import write_json"),
     ("polyrank.data.x", "import pyarrow\nfrom polyrank.core.rng import stream"),
+    ("polyrank.local.dp", "def f():\n    import opacus.optimizers"),
     ("polyrank.local.hf", "import peft\nimport transformers\nfrom polyrank.data import text"),
     ("polyrank.engines.flower", "import flwr\nfrom polyrank.local import cohort"),
     ("polyrank.deploy.client", "import flwr\nfrom polyrank.engines import flower"),

@@ -9,7 +9,7 @@ import pytest
 
 import polyrank
 
-HEAVY = ("datasets", "flwr", "matplotlib", "peft", "transformers")
+HEAVY = ("datasets", "flwr", "matplotlib", "opacus", "peft", "transformers")
 
 
 def by_kind(name: str) -> tuple[int, str]:

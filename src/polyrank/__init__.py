@@ -18,6 +18,7 @@ from polyrank.core.lowrank import (
     truncate,
 )
 from polyrank.core.method import Boost, Method
+from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
 from polyrank.core.rng import stream
 from polyrank.core.types import (
     ClientProfile,
@@ -45,13 +46,16 @@ __all__ = [
     "SCORERS",
     "Adapter",
     "Boost",
+    "ClientPrivacy",
     "ClientProfile",
     "Clients",
+    "ExamplePrivacy",
     "FakeClients",
     "LocalTraining",
     "LowRank",
     "Method",
     "ModelSpec",
+    "Privacy",
     "Query",
     "RoundRecord",
     "ServerState",

@@ -135,6 +135,18 @@ def test_importance_is_measured_by_the_clients(tmp_path: Path, config: Config) -
     assert len(set(one.scores().values())) > 2
 
 
+def test_a_client_protects_what_it_sends(tmp_path: Path, config: Config) -> None:
+    protected = {**config, "privacy": {"clients": {"clip": 1.0, "noise": 0.01, "where": "client"}}}
+    one = simulated(tmp_path / "simulated", protected)
+    other = deployed(tmp_path / "deployed", protected, InProcessGrid(sites_of(tmp_path / "sites", protected, NAMES)))
+    part = "state/checkpoint.safetensors"
+    assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes()
+    for mine, theirs in zip(one.records(), other.records(), strict=True):
+        assert mine["metrics"]["privacy/clients"] == theirs["metrics"]["privacy/clients"] > 0
+        assert not theirs["losses"]
+        assert not theirs["refused"]
+
+
 def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config) -> None:
     bigger = {**config, "model": {**config["model"], "targets": "attention+mlp", "rank": 16}}
     bigger["fleet"] = [{"share": 1 / 3, "rank": rank} for rank in (4, 8, 16)]

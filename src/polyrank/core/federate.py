@@ -17,11 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from polyrank.core.clipping import privately_summed
 from polyrank.core.exactness import aggregation_error
 from polyrank.core.gate import Gate
 from polyrank.core.ledger import Ledger
 from polyrank.core.lowrank import Adapter, LowRank, combine, precision
 from polyrank.core.method import Method
+from polyrank.core.noise import noise_of
+from polyrank.core.privacy import UNPROTECTED, Privacy
 from polyrank.core.rng import stream
 from polyrank.core.roster import Listed, ascending
 from polyrank.core.types import (
@@ -96,6 +99,7 @@ def plan(
     spec: ModelSpec,
     local: LocalTraining,
     seed: int,
+    privacy: Privacy = UNPROTECTED,
 ) -> dict[Client, Task]:
     """The tasks of a round: where each client's budget goes, and what is sent.
 
@@ -112,6 +116,7 @@ def plan(
         spec: the adapted modules and their shapes.
         local: how clients train in this round (see `LocalTraining.at`).
         seed: the run's seed.
+        privacy: what clients must protect.
     """
     scores = dict.fromkeys(spec.modules, 1.0) | dict(state.scores)
     drawn = int(state.memory.get("scored", state.round)) if method.hold else state.round
@@ -129,7 +134,8 @@ def plan(
         ranks = {name: rank for name, rank in ranks.items() if rank > 0}
         trained, carried = method.dispatch(state, ranks, stream(seed, "dispatch", state.round, client))
         frozen = combine([Adapter(state.folded.layers, frozen_dense), Adapter(carried)])
-        tasks[client] = Task(state.round, Adapter(trained, dense), frozen, factors, local, method.penalty, seed)
+        adapter = Adapter(trained, dense)
+        tasks[client] = Task(state.round, adapter, frozen, factors, local, method.penalty, seed, privacy)
     return tasks
 
 
@@ -175,6 +181,8 @@ def federate(
     seed: int = 0,
     measure: Measurement | None = None,
     gate: Gate = Gate(),  # noqa: B008 (a value)
+    privacy: Privacy = UNPROTECTED,
+    secret: bool = False,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 
@@ -182,6 +190,10 @@ def federate(
     pass the `gate` is not used. With `errors`, records say how exact each aggregate is (`aggregation_error`), for which
     the low-rank layers of the cohort are kept until the round ends, also where the rule streams. `device` is where the
     rule computes (`absorb`).
+
+    With `privacy` on the server, the rule gets clipped updates with noise on their sum (`privately_summed`); it must be
+    linear in the factors and weigh all clients alike. The noise is of the run's streams, or of the operating system's
+    entropy if it is to be `secret`, as outside of a simulation it must.
 
     Raises:
         ValueError: if there are no clients, or the method's scorer needs a `measure` and there is none.
@@ -195,10 +207,13 @@ def federate(
         now = local.at(state.round, rounds)
         chosen = [c for c in sample(everybody, cohort, state.round, seed) if budgets[c].total > 0]
         state = scored(method, state, chosen, spec, seed, measure)
-        tasks = plan(method, state, budgets, chosen, spec, now, seed)
+        tasks = plan(method, state, budgets, chosen, spec, now, seed, privacy)
         ledger = Ledger(state.round, method.factors(state.round), now, tasks, spec)
         kept: list[Update] = []
         updates = ledger.watch(gate.admitted(tasks, clients.fit(tasks), ledger.refuse))
+        if privacy.on_server is not None:
+            noise = noise_of(secret, seed, "privacy", state.round)
+            updates = privately_summed(updates, tasks, privacy.on_server, noise)
         absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed, device)
         record = ledger.record(aggregation_error(state, absorbed, tasks, kept) if errors else None)
         state = absorbed

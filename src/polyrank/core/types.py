@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from polyrank.core.architecture import ModelSpec as ModelSpec
 from polyrank.core.lowrank import Adapter, Factors, nbytes
+from polyrank.core.privacy import UNPROTECTED, Privacy
 
 Client = str
 """A client's name. Cohorts, updates and sums are ordered by it."""
@@ -180,6 +181,7 @@ class Task:
         local: how it trains.
         penalty: terms added to its loss, if any.
         seed: the run's seed; the client's streams are named by round and client.
+        privacy: what the client must protect, and how.
     """
 
     round: int
@@ -189,6 +191,7 @@ class Task:
     local: LocalTraining
     penalty: TailPenalty | None
     seed: int
+    privacy: Privacy = UNPROTECTED
 
     @property
     def nbytes(self) -> int:
@@ -203,10 +206,12 @@ class Update:
     Attributes:
         client: who sends it.
         adapter: the trained adapter. A factor that the task froze is the one that was sent; it does not travel.
-        examples: training examples behind the update; 0 gives it no weight among clients that have some.
+        examples: training examples behind the update; 0 gives it no weight among clients that have some. Where
+            clients are protected (`Privacy.clients`) it is 1 for everybody.
         factors: the factors that were trained, and so travel.
         metrics: figures of the local training: ``loss`` (mean over the round), ``steps``, ``seconds`` (simulated),
-            ``memory`` (measured peak, bytes), and the ``bytes_down`` and ``bytes_up`` of real messages.
+            ``memory`` (measured peak, bytes), and the ``bytes_down`` and ``bytes_up`` of real messages. Where anything
+            is protected, none that tells of the data.
     """
 
     client: Client
@@ -284,7 +289,8 @@ class RoundRecord:
         dropped: clients that were asked and did not answer.
         refused: clients whose update was not used, and why (`polyrank.core.gate`).
         seconds: simulated seconds of the round, where the fleet states its links (the slowest client's).
-        metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated.
+        metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated; under
+            differential privacy, ``privacy/clients`` and ``privacy/examples``: epsilon of all rounds so far.
         predicted_memory: bytes that each client should need at its peak, where the cost model knows the model.
         measured_memory: bytes that each client did need, where it was measured.
         aggregation_error: the relative distance of the new model from the mean of the clients' models, where it was

@@ -123,7 +123,9 @@ class Site:
         started = time.monotonic()
         task, header = decode_task(blob)
         base, data = self._model(header.get("model"))
-        update = train(base, task, str(header["client"]), data, self.holdings.own)
+        # What protects real data is drawn from entropy; a rehearsal repeats what is simulated.
+        secret = bool(task.privacy) and self.config.rehearse is None
+        update = train(base, task, str(header["client"]), data, self.holdings.own, secret=secret)
         reply = encode_update(update, task, digest(blob), header["reply"])
         self._remember(
             round=task.round,

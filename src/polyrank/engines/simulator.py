@@ -45,6 +45,8 @@ class Simulator:
         together: most input positions of a step that clients share (`polyrank.local.grouping`); 0: each trains alone.
         holdout: prepared, labelled examples that the server keeps to measure importance on; none of `data`.
         prefixes: keeps what clients need not compute again, of `data`; None: nothing is kept.
+        secret: clients draw from the operating system's entropy and not from the run's streams
+            (`polyrank.local.trainer.prepare`): runs are not repeatable then.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Simulator:
         together: int = 0,
         holdout: Examples | None = None,
         prefixes: Prefixes | None = None,
+        secret: bool = False,
     ) -> None:
         self.spec, self.holdout = spec or base.spec, holdout
-        self.together, self.prefixes = together, prefixes
+        self.together, self.prefixes, self.secret = together, prefixes, secret
         self.base, self.data, self.shares = base, data, shares
         self._profiles, self.absent, self.seed, self.clock = profiles, absent, seed, clock
 
@@ -81,7 +84,7 @@ class Simulator:
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Trains the clients; their updates, in order. Absent clients are skipped."""
         due = [client for client in sorted(tasks) if self._answers(client, tasks[client].round)]
-        jobs = [prepare(tasks[client], client, self.shares[client], self.data) for client in due]
+        jobs = [prepare(tasks[client], client, self.shares[client], self.data, self.secret) for client in due]
         ready: dict[Client, Update] = {}
         groups = grouped(jobs, self.base, self.data.lengths, self.together, torch.get_num_threads(), self._resumes_at)
         for group in sorted(groups, key=lambda group: min(job.client for job in group)):
@@ -95,7 +98,7 @@ class Simulator:
 
     def _trained(self, group: list[Job]) -> list[Update]:
         kept = self.prefixes
-        if kept is None:
+        if kept is None or group[0].task.privacy.examples is not None:  # which runs every example whole
             return train_together(self.base, group, self.data)
         found = [kept.of(job.task, job.client, self.shares[job.client]) for job in group]
         prefixes = [prefix for prefix in found if prefix is not None]

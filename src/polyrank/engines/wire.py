@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.privacy import Privacy
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.engines.encodings import CODECS, Encoding, relative_error
 
@@ -125,6 +126,7 @@ def encode_task(
         "local": asdict(task.local),
         "penalty": None if task.penalty is None else asdict(task.penalty),
         "seed": task.seed,
+        "privacy": asdict(task.privacy),
         "encoding": encoding,
         "reply": reply,
         **more,
@@ -153,7 +155,8 @@ def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
         if not isinstance(header["client"], str):
             raise WireError(f"client: {shown(header['client'])} is not a name")
         round_, seed = _count(header["round"]), _count(header["seed"])
-        return Task(round_, adapter, frozen, header["factors"], local, penalty, seed), header
+        privacy = Privacy.of(header["privacy"])
+        return Task(round_, adapter, frozen, header["factors"], local, penalty, seed, privacy), header
     except BROKEN as error:
         raise WireError(f"not a task: {str(error)[:300]}") from None
 

@@ -30,6 +30,8 @@ from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.base import Base
+from polyrank.local.dp import require_opacus
+from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
 from polyrank.local.prefix import Prefixes
 
@@ -150,6 +152,9 @@ class _Ground:
 
     def world(self, experiment: Experiment, clients: Simulator | Workers | Remote) -> World:
         start = first_state(experiment, self.method, self.base, self.rank)
+        if experiment.privacy.examples is not None:
+            frozen = self.base.head if self.method.dense == "freeze" else ()
+            refuse_unsound(self.base, [name for name in start.adapter.dense if name not in frozen])
         info = replace(self.base.info, rank=self.method.rank)
         return World(self.base, self.spec, self.rank, clients, self.method, self.splits, start, info)
 
@@ -158,6 +163,8 @@ def _ground(experiment: Experiment) -> _Ground:
     """All but the clients, in an order in which cheap mistakes surface first."""
     torch.set_num_threads(experiment.threads or default_threads())
     method = experiment.build_method()
+    if experiment.protection():
+        require_opacus()
     check_stated_ranks(experiment)
     planned = describe(experiment, method)
     budgets = group_budgets(experiment, method, planned)

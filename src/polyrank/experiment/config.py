@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, create_model, model_va
 from polyrank.core.architecture import Quantization
 from polyrank.core.gate import Gate
 from polyrank.core.method import Method
+from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
 from polyrank.core.types import LocalTraining
 from polyrank.engines.exchange import Terms
 from polyrank.errors import InputError
@@ -23,6 +24,7 @@ from polyrank.experiment.components import (
     table_type,
     union_of,
 )
+from polyrank.experiment.privacy import check_privacy
 from polyrank.experiment.tables import DATASETS, METHODS, PARTITIONERS, SLOTS
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
@@ -161,6 +163,22 @@ class SimulationConfig(Strict):
     workers: Literal["auto"] | Count = 1
 
 
+def _settings(made: type, name: str) -> Any:
+    return create_model(name, __base__=Strict, __doc__=made.__doc__, **parameters(made, keyword_only=False))
+
+
+class PrivacyConfig(Strict):
+    """Differential privacy, off unless asked for.
+
+    Attributes:
+        clients: for whole clients.
+        examples: for single examples.
+    """
+
+    clients: _settings(ClientPrivacy, "ClientPrivacyConfig") | None = None  # type: ignore[valid-type]
+    examples: _settings(ExamplePrivacy, "ExamplePrivacyConfig") | None = None  # type: ignore[valid-type]
+
+
 class Expected(Strict):
     """The figure that the experiment is expected to reach: final test accuracy, within a tolerance."""
 
@@ -221,7 +239,7 @@ class Experiment(Strict):
         absent: probability that a client asked in a round does not answer.
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
-        model, data, fleet, method, local, costs, evaluate, simulation, deployment, trust: see there.
+        model, data, fleet, method, local, costs, evaluate, simulation, deployment, trust, privacy: see there.
         baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
             many rounds and evaluated alike.
         expected: the figure to reach, checked by tests.
@@ -243,6 +261,7 @@ class Experiment(Strict):
     simulation: SimulationConfig = SimulationConfig()
     deployment: DeploymentConfig = Field(default_factory=dict, validate_default=True)
     trust: TrustConfig = Field(default_factory=dict, validate_default=True)
+    privacy: PrivacyConfig = PrivacyConfig()
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
     expected: Expected | None = None
 
@@ -251,8 +270,11 @@ class Experiment(Strict):
         total = sum(group.share for group in self.fleet)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"fleet: shares sum to {total:g}, not 1")
-        self.local_training()
+        protection = self.protection()
+        check_privacy(protection, self.build_method(), self.local_training())
         self.gate()
+        if self.trust.norm is not None and protection.on_server is not None:
+            raise ValueError("trust.norm: not with privacy.clients: what one client sends would decide who else counts")
         return self
 
     def local_training(self) -> LocalTraining:
@@ -260,8 +282,13 @@ class Experiment(Strict):
         return LocalTraining(**self.local.model_dump())
 
     def gate(self) -> Gate:
-        """What an update must satisfy."""
-        return Gate(**self.trust.model_dump())
+        """What an update must satisfy; where anything is protected, noise reaches where no optimizer does."""
+        trust = Gate(**self.trust.model_dump())
+        return replace(trust, reach=False) if self.protection() else trust
+
+    def protection(self) -> Privacy:
+        """What is protected, and how."""
+        return Privacy.of(self.privacy.model_dump())
 
     def build_method(self) -> Method:
         """The composition, with the slots that the file overrides."""

@@ -36,10 +36,14 @@ def on_this_machine(experiment: Experiment) -> Experiment:
 def cache_memory(experiment: Experiment) -> float | Literal["off"]:
     """Bytes for hidden states that are computed once, or ``off``.
 
+    It is off where single examples are protected: every one of a random sample runs whole.
+
     ``auto`` is off where no example comes again with the same model below: in one epoch of one round, or where each
     round sends the layers that a client does not train as well. Otherwise it is a quarter of what is free, rounded down
     to a power of two, so that it is the same next time, and at most 4 GiB.
     """
+    if experiment.privacy.examples is not None:
+        return "off"
     if experiment.simulation.cache != "auto":
         return experiment.simulation.cache
     local, dispatch = experiment.local, experiment.build_method().dispatch

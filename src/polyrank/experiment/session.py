@@ -22,6 +22,7 @@ from polyrank.engines.exchange import Remote
 from polyrank.experiment.baselines import run_baselines
 from polyrank.experiment.build import World, build
 from polyrank.experiment.config import Experiment
+from polyrank.experiment.privacy import Spent
 from polyrank.experiment.store import Run
 from polyrank.files import write_json
 from polyrank.local.adapters import read_adapter, write_adapter
@@ -41,10 +42,13 @@ class Session:
         self.state: ServerState = run.restore() or self.world.start
         self.records: list[Mapping[str, Any]] = list(run.records())
         self.validation = self._validation_subset()
+        e = self.experiment
+        self.spent = Spent(e.protection(), e.local_training(), self.world.clients.profiles, self.records)
 
     def rounds(self) -> Iterator[tuple[RoundRecord, float]]:
         """Runs the remaining rounds; after each: record and checkpoint on disk, then the record and its seconds."""
         e, world = self.experiment, self.world
+        remote = world.clients if isinstance(world.clients, Remote) else None
         steps = federate(
             world.method,
             self.state,
@@ -52,23 +56,29 @@ class Session:
             world.spec,
             e.local_training(),
             rounds=e.rounds,
-            cohort=world.clients.terms.asked(e.cohort) if isinstance(world.clients, Remote) else e.cohort,
-            errors=e.evaluate.aggregation,
+            cohort=remote.terms.asked(e.cohort) if remote else e.cohort,
+            # Of single updates, which noise on their sum does not cover.
+            errors=e.evaluate.aggregation and e.protection().on_server is None,
             device=e.device if e.device.startswith("cuda") else None,  # others have no float64, or are the CPU
             seed=e.seed,
             measure=world.clients.measure,
             gate=e.gate(),
+            privacy=e.protection(),
+            secret=remote is not None,
         )
         started = time.monotonic()
         for state, record in steps:
+            self.spent.add(record.bytes_down, record.examples)
+            record = replace(record, metrics=self.spent.metrics())
             if state.round % e.evaluate.every == 0 or state.round == e.rounds:
                 measured = self.measure([state.folded, state.adapter], "validation")
-                record = replace(record, metrics={f"validation/{key}": value for key, value in measured.items()})
+                validation = {f"validation/{key}": value for key, value in measured.items()}
+                record = replace(record, metrics={**record.metrics, **validation})
                 if self._improves(record):
                     write_adapter(self.run.best, exported(state), world.info)
             seconds = time.monotonic() - started
-            if isinstance(world.clients, Remote):
-                world.clients.settle(record)
+            if remote:
+                remote.settle(record)
             self.run.append(record, seconds)
             self.run.save(state)
             self.state = state
@@ -83,7 +93,7 @@ class Session:
 
     def finish(self) -> dict[str, Any]:
         """Exports the final adapter, evaluates on the test split, trains the baselines, writes the summary."""
-        world, state = self.world, self.state
+        e, world, state = self.experiment, self.world, self.state
         write_adapter(self.run.adapter, exported(state), world.info)
         selected = self.selected()
         best = read_adapter(self.run.best)[0] if selected else exported(state)
@@ -100,6 +110,7 @@ class Session:
             "seed": self.experiment.seed,
             "rounds": state.round,
             **results,
+            **({"privacy": self.promised()} if e.protection() else {}),
             "bytes_up": sum(sum(r["bytes_up"].values()) for r in self.records),
             "bytes_down": sum(sum(r["bytes_down"].values()) for r in self.records),
             "wall_seconds": round(self.run.wall_seconds(), 2),
@@ -107,6 +118,15 @@ class Session:
         }
         write_json(self.run.summary_file, summary)
         return summary
+
+    def promised(self) -> dict[str, dict[str, float]]:
+        """Epsilon and delta of the rounds that are done, for what is protected."""
+        protection, spent = self.experiment.protection(), self.spent.metrics()
+        return {
+            kind: {"epsilon": spent[f"privacy/{kind}"], "delta": getattr(protection, kind).delta}
+            for kind in ("clients", "examples")
+            if getattr(protection, kind) is not None
+        }
 
     def selected(self) -> Mapping[str, Any] | None:
         """The record of the round with the best validation accuracy (the first of equals)."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.noise import Noise
 from polyrank.core.types import Client, Task
 from polyrank.local.attach import Attachment, Batch, Layer, Masks, Scale, hooked, leaf, on_device
 from polyrank.local.base import Base
@@ -34,6 +35,7 @@ class Job:
         steps: its optimizer steps, each a list of batches of example indices.
         seed: of its dropout masks.
         examples: that it holds.
+        noise: draws what protects it; None where nothing does.
     """
 
     client: Client
@@ -41,6 +43,7 @@ class Job:
     steps: list[list[Indices]]
     seed: int
     examples: int
+    noise: Noise | None = None
 
 
 Key = tuple[str, str]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyrank.core.clipping import privately
 from polyrank.core.lowrank import Adapter, LowRank, truncate
+from polyrank.core.noise import noise_of
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.errors import TrainingError
@@ -19,28 +22,50 @@ from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.cohort import Cohort, Job
 from polyrank.local.data import Examples, Indices, shuffled
+from polyrank.local.dpsgd import poisson, train_privately
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
 from polyrank.local.prefix import Prefix, resumed
 
 
 def train(
-    base: Base, task: Task, client: Client, data: Examples, indices: Indices, prefix: Prefix | None = None
+    base: Base,
+    task: Task,
+    client: Client,
+    data: Examples,
+    indices: Indices,
+    prefix: Prefix | None = None,
+    secret: bool = False,
 ) -> Update:
-    """Trains the task's adapter on the client's examples and returns its factors.
+    """Trains the task's adapter on the client's examples and returns its factors, protected as the task asks.
 
-    A client with no examples, or nothing to train, returns what it was sent.
+    A client with no examples, or nothing to train, returns what it was sent. `secret` is as for `prepare`.
     """
-    return train_together(base, [prepare(task, client, indices, data)], data, [prefix] if prefix else None)[0]
+    job = prepare(task, client, indices, data, secret)
+    return train_together(base, [job], data, [prefix] if prefix else None)[0]
 
 
-def prepare(task: Task, client: Client, indices: Indices, data: Examples) -> Job:
-    """A client's round with everything random drawn: its dropout masks, and the order of its data."""
-    rng = stream(task.seed, "fit", task.round, client)
+def prepare(task: Task, client: Client, indices: Indices, data: Examples, secret: bool = False) -> Job:
+    """A client's round with everything random drawn: its dropout masks, and the order of its data.
+
+    Args:
+        task: what the server asks.
+        client: who.
+        indices: its examples.
+        data: of all clients.
+        secret: draw from the operating system's entropy, not from the client's streams, which the server knows: what
+            noise and samples protect is protected only then.
+    """
+    rng = np.random.default_rng() if secret else stream(task.seed, "fit", task.round, client)
+    noise = noise_of(secret, task.seed, "privacy", task.round, client) if task.privacy else None
     seed = int(rng.integers(2**63 - 1)) if task.local.dropout else 0
-    trains = bool(task.adapter.layers or task.adapter.dense)
-    lengths = data.lengths if task.local.group_by_length else None
-    return Job(client, task, list(_steps(indices, lengths, task.local, rng)) if trains else [], seed, len(indices))
+    if not (task.adapter.layers or task.adapter.dense):
+        steps = []
+    elif task.privacy.examples is not None:
+        steps = [[sample] for sample in poisson(indices, task.local, rng)]
+    else:
+        steps = list(_steps(indices, data.lengths if task.local.group_by_length else None, task.local, rng))
+    return Job(client, task, steps, seed, len(indices), noise)
 
 
 def train_together(
@@ -50,10 +75,13 @@ def train_together(
 
     Args:
         base: the frozen model.
-        jobs: those with the most steps first, and such that `polyrank.local.grouping.key` is the same for all.
+        jobs: those with the most steps first, and such that `polyrank.local.grouping.key` is the same for all; one
+            that protects its examples, alone.
         data: prepared examples.
         prefixes: each client's, of one block, to go on from; None: every forward pass is whole.
     """
+    if jobs[0].task.privacy.examples is not None:
+        return [_train_privately(base, job, data) for job in jobs]
     losses: list[list[float]] = [[] for _ in jobs]
     cohort = Cohort(base, jobs)
     with cohort.attached() as model:
@@ -76,6 +104,29 @@ def train_together(
     return [_update(cohort, client, own, memory) for client, own in enumerate(losses)]
 
 
+def _train_privately(base: Base, job: Job, data: Examples) -> Update:
+    assert job.noise is not None
+    samples = [sample for (sample,) in job.steps]
+    try:
+        adapter = train_privately(base, job.task, samples, job.examples, data, job.seed, job.noise)
+    except TrainingError as error:
+        raise TrainingError(f"round {job.task.round}, client {job.client!r}: {error}") from None
+    return _protected(job, Update(job.client, adapter, job.examples, job.task.factors))
+
+
+def _protected(job: Job, update: Update) -> Update:
+    """The update as the client may send it: its noise covers all of it."""
+    if not job.task.privacy:
+        return update
+    settings = job.task.privacy.on_client
+    if settings is not None:
+        assert job.noise is not None
+        return privately(job.task.adapter, update, settings, job.noise)
+    # A server that is trusted with updates bounds them itself; losses and sizes would still be in its records.
+    examples = update.examples if job.task.privacy.clients is None else 1.0
+    return replace(update, examples=examples, metrics={})
+
+
 def _update(cohort: Cohort, client: int, losses: list[float], memory: float | None) -> Update:
     job, adapter = cohort.jobs[client], cohort.adapter(client)
     if losses and not cohort.finite[client]:
@@ -86,7 +137,7 @@ def _update(cohort: Cohort, client: int, losses: list[float], memory: float | No
     metrics = {"steps": float(len(losses))}
     if losses:
         metrics |= {"loss": float(np.mean(losses))} | ({"memory": memory} if memory is not None else {})
-    return Update(job.client, adapter, job.examples, job.task.factors, metrics)
+    return _protected(job, Update(job.client, adapter, job.examples, job.task.factors, metrics))
 
 
 def _diverged(job: Job, what: str) -> TrainingError:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SHADES = " ░▒▓█"
 _ROWS_SHOWN = 12
+_COLUMNS = ("round", "clients", "loss", "validation", "up", "down", "took", "left")
 
 
 def size(count: float) -> str:
@@ -43,7 +44,7 @@ class Progress:
 
     def __init__(self, console: Console, rounds: int, done: int, *, silent: bool = False) -> None:
         self.console, self.rounds, self.done, self.silent = console, rounds, done, silent
-        self.rows: list[tuple[str, ...]] = []
+        self.rows: list[dict[str, str]] = []
         self.seconds: list[float] = []
         self.live: Live | None = None
 
@@ -62,32 +63,37 @@ class Progress:
         self.done = record["round"] + 1
         left = float(np.median(self.seconds)) * (self.rounds - self.done)
         losses, accuracy = list(record["losses"].values()), record["metrics"].get("validation/accuracy")
-        row = (
-            f"{self.done}/{self.rounds}",
-            f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
-            f"{np.mean(losses):.4f}" if losses else "-",
-            f"{accuracy:.2%}" if accuracy is not None else "-",
-            size(sum(record["bytes_up"].values())),
-            size(sum(record["bytes_down"].values())),
-            span(seconds),
-            span(left),
-        )
+        row = {
+            "round": f"{self.done}/{self.rounds}",
+            "clients": f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
+            "loss": f"{np.mean(losses):.4f}" if losses else "-",
+            "validation": f"{accuracy:.2%}" if accuracy is not None else "-",
+            **epsilons({key: record["metrics"].get(f"privacy/{key}") for key in ("clients", "examples")}),
+            "up": size(sum(record["bytes_up"].values())),
+            "down": size(sum(record["bytes_down"].values())),
+            "took": span(seconds),
+            "left": span(left),
+        }
         self.rows.append(row)
         if self.live is not None:
             self.live.update(self._table())
         elif not self.silent:
-            names = ("round", "clients", "loss", "validation", "up", "down", "took", "left")
-            line = "  ".join(f"{name} {value}" for name, value in zip(names, row, strict=True))
+            line = "  ".join(f"{name} {value}" for name, value in row.items())
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _table(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("round", "clients", "loss", "validation", "up", "down", "took", "left"):
+        for name in self.rows[-1] if self.rows else _COLUMNS:
             table.add_column(name, justify="right")
         for row in self.rows[-_ROWS_SHOWN:]:
-            table.add_row(*row)
+            table.add_row(*row.values())
         full = round(30 * self.done / self.rounds)
         return Group(table, Text("━" * full, "green") + Text("━" * (30 - full), "dim"))
+
+
+def epsilons(spent: Mapping[str, float | None]) -> dict[str, str]:
+    """Epsilon for people, of whom it protects: ``{"epsilon (clients)": "3.21"}``."""
+    return {f"epsilon ({whom})": f"{value:.2f}" for whom, value in spent.items() if value is not None}
 
 
 def headline(session: Session) -> str:
@@ -103,7 +109,14 @@ def headline(session: Session) -> str:
 def outcome(summary: Mapping[str, Any], adapter: Path) -> str:
     """What it cost, and where the adapter is."""
     up, down = size(summary["bytes_up"]), size(summary["bytes_down"])
-    return f"{up} up, {down} down, {span(summary['wall_seconds'])} of rounds; adapter (PEFT format): {adapter}"
+    promised = {
+        f"{name} at delta {found['delta']:g}": value
+        for whom, found in summary.get("privacy", {}).items()
+        for name, value in epsilons({whom: found["epsilon"]}).items()
+    }
+    privacy = "".join(f"; {name}: {value}" for name, value in promised.items())
+    cost = f"{up} up, {down} down, {span(summary['wall_seconds'])} of rounds"
+    return f"{cost}{privacy}; adapter (PEFT format): {adapter}"
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
