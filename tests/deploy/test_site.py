@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import numpy as np
 import pytest
 import yaml
 
+from polyrank.core.lowrank import Adapter
+from polyrank.core.privacy import ClientPrivacy, Privacy
+from polyrank.core.types import LocalTraining, Task
 from polyrank.deploy.keeper import SiteError, ask, socket_of
-from polyrank.deploy.site import Site, read_site, renumbered
+from polyrank.deploy.site import Site, read_site, renumbered, require
 from polyrank.engines.letters import ask_profile, decode_profile
-from polyrank.engines.wire import WireError, frame
+from polyrank.engines.wire import WireError, encode_task, frame
 from polyrank.errors import InputError
 from polyrank.experiment.config import ConfigError
 
@@ -55,6 +59,30 @@ def test_a_site_holds_all_of_its_own_training_data(tmp_path: Path) -> None:
         site.answer("profile", ask_profile({**DIGITS, "name": "/etc"}))
     with pytest.raises(WireError):
         site.answer("fit", frame({"kind": "task"}))
+
+
+def test_a_task_that_comes_again_is_answered_as_before(tmp_path: Path, random_adapter: Any) -> None:
+    path = write(tmp_path, data="digits", threads=1)
+    site = Site(path)
+    base, _ = site._model(DIGITS)
+    adapter = random_adapter(base.spec, (2,), head=base.initial_head())
+    task = Task(0, adapter, Adapter(), "AB", LocalTraining(steps=1), None, 0)
+    blob = encode_task(task, "a", model=DIGITS).blob
+    first = site.answer("fit", blob)
+    assert Site(path).answer("fit", blob) == first
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
+    other = encode_task(replace(task, round=1), "a", model=DIGITS).blob
+    assert site.answer("fit", other) != first
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_site_refuses_less_protection_than_it_agrees_to(tmp_path: Path) -> None:
+    agreed = Privacy(ClientPrivacy(clip=1.0, noise=1.0, where="client"))
+    require(agreed, Privacy(ClientPrivacy(clip=9.0, noise=1.5, where="client")), tmp_path)
+    require(Privacy(), Privacy(), tmp_path)
+    for found in (Privacy(), Privacy(ClientPrivacy(1.0, 0.5, "client")), Privacy(ClientPrivacy(1.0, 2.0, "central"))):
+        with pytest.raises(InputError, match=r"privacy\.clients: this site agrees to noise 1, client or more"):
+            require(agreed, found, tmp_path)
 
 
 def test_classes_are_known_by_name() -> None:

@@ -18,6 +18,7 @@ import torch
 from pydantic import model_validator
 from yaml import YAMLError
 
+from polyrank.core.privacy import Privacy
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile
 from polyrank.data import Source
@@ -26,7 +27,7 @@ from polyrank.engines.letters import decode_query, encode_profile, encode_scores
 from polyrank.engines.wire import LISTING, WireError, decode_task, digest, encode_update, opened
 from polyrank.errors import InputError
 from polyrank.experiment.components import Strict, entry_model, parameters, union_of
-from polyrank.experiment.config import ConfigError, Count, ModelConfig, Resources
+from polyrank.experiment.config import ConfigError, Count, ModelConfig, PrivacyConfig, Resources
 from polyrank.experiment.loading import anchored, load, located, read_yaml, validated
 from polyrank.experiment.machine import default_threads, pick_device
 from polyrank.experiment.models import Kind as DataKind
@@ -34,6 +35,7 @@ from polyrank.experiment.models import Split, load_base, preparer
 from polyrank.experiment.planning import profile_of
 from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.experiment.tables import DATASETS
+from polyrank.files import write_bytes
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.importance import measured
@@ -63,6 +65,7 @@ class SiteConfig(Resources):
         model: its copy of the base model: a folder, a hub name, or a built-in one.
         data: its own data; all training examples are used, and nothing else.
         rehearse: the data and the resources of a simulated client, in place of `data` and of what this file states.
+        privacy: the least protection that it agrees to: a task without it, or with less noise, is refused.
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
     """
@@ -70,6 +73,7 @@ class SiteConfig(Resources):
     model: str
     data: DataConfig | None = None  # type: ignore[valid-type]
     rehearse: Rehearsal | None = None
+    privacy: PrivacyConfig = PrivacyConfig()
     device: str = "auto"
     threads: Count | None = None
 
@@ -94,7 +98,8 @@ class Site:
     """Answers what a server asks.
 
     Args:
-        path: its configuration. Beside it, ``history.jsonl`` says what has left this machine.
+        path: its configuration. Beside it, ``history.jsonl`` says what has left this machine; ``last-update`` is the
+            answer to the last task, given again to who asks again: nothing is trained or released twice.
         data: its training data, where that is not as the file says.
     """
 
@@ -120,13 +125,17 @@ class Site:
         return encode_profile(self.holdings.profile, base.fingerprint(), blob)
 
     def _fit(self, blob: bytes) -> bytes:
-        started = time.monotonic()
+        started, asked = time.monotonic(), digest(blob)
+        if (given := self._given(asked)) is not None:
+            return given
         task, header = decode_task(blob)
+        require(Privacy.of(self.config.privacy.model_dump()), task.privacy, self.path)
         base, data = self._model(header.get("model"))
         # What protects real data is drawn from entropy; a rehearsal repeats what is simulated.
         secret = bool(task.privacy) and self.config.rehearse is None
         update = train(base, task, str(header["client"]), data, self.holdings.own, secret=secret)
-        reply = encode_update(update, task, digest(blob), header["reply"])
+        reply = encode_update(update, task, asked, header["reply"])
+        write_bytes(self._last, asked.encode() + reply)
         self._remember(
             round=task.round,
             sent=digest(reply),
@@ -136,6 +145,15 @@ class Site:
             seconds=round(time.monotonic() - started, 2),
         )
         return reply
+
+    @property
+    def _last(self) -> Path:
+        return self.path.with_name("last-update")
+
+    def _given(self, asked: str) -> bytes | None:
+        """The answer to the last task, if it was this one."""
+        held = self._last.read_bytes() if self._last.is_file() else b""
+        return held[len(asked) :] if held.startswith(asked.encode()) else None
 
     def _measure(self, blob: bytes) -> bytes:
         query, state = decode_query(blob)
@@ -196,6 +214,23 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
     config, folder = validated(SiteConfig, raw, str(path)), path.resolve().parent
     parts = {key: anchored(part, folder) for key in ("data", "rehearse") if (part := getattr(config, key)) is not None}
     return config.model_copy(update={"model": located(config.model, folder), **parts})
+
+
+def require(least: Privacy, asked: Privacy, where: Path) -> None:
+    """Refuses a task that protects less than a site agrees to.
+
+    Raises:
+        InputError: saying what it lacks.
+    """
+    for kind in ("clients", "examples"):
+        own, found = getattr(least, kind), getattr(asked, kind)
+        if own is None:
+            continue
+        place = getattr(own, "where", None)
+        if found is None or found.noise < own.noise or getattr(found, "where", None) != place:
+            had = "none" if found is None else f"noise {found.noise:g}" + (f", {found.where}" if place else "")
+            due = f"noise {own.noise:g}" + (f", {place}" if place else "")
+            raise InputError(f"{where}: privacy.{kind}: this site agrees to {due} or more; the task has {had}")
 
 
 def renumbered(labels: np.ndarray, own: tuple[str, ...], wanted: list[str], where: Path) -> np.ndarray:
