@@ -14,6 +14,10 @@ import sys
 import time
 from typing import Any, NoReturn
 
+import transformers.models.vit.modeling_vit  # noqa: F401 - what commands import when they run
+
+import polyrank.experiment.session
+import polyrank.report.terminal  # noqa: F401
 from polyrank import cli
 
 Plan = dict[str, Any]
