@@ -102,8 +102,8 @@ SECTIONS = (
         "What Flower adds",
         "deploy",
         None,
-        "Rounds of a deployment on one machine, over TLS with node keys, all of its processes on the same cores. A small"
-        " round's seconds are Flower's: a node polls, and starts a process for every message.",
+        "Rounds of a deployment on one machine, over TLS with node keys, all of its processes on the same cores. A"
+        " small round's seconds are Flower's: a node polls, and starts a process for every message.",
     ),
 )
 
