@@ -1,6 +1,7 @@
 """A round over a transport that loses, delays and repeats: who is waited for, and what is noted."""
 
 import json
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from polyrank.core.federate import federate, plan
+from polyrank.core.gate import change
 from polyrank.core.lowrank import Adapter
 from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec, Query, ServerState, Task, Update
 from polyrank.engines.audit import Audit
+from polyrank.engines.encodings import Encoding
 from polyrank.engines.exchange import Kind, Remote, Reply, Terms, TooFewError
 from polyrank.engines.letters import decode_query, encode_profile, encode_scores
 from polyrank.engines.wire import decode_task, digest, encode_update, opened
@@ -27,19 +30,22 @@ class Site:
 
     def __init__(self, number: int) -> None:
         self.number, self.faults = number, []  # type: int, list[str]
+        self.claims: float | None = None
         self.answered: list[bytes] = []
 
     def answer(self, kind: Kind, blob: bytes) -> bytes:
         if kind == "profile":
             return encode_profile(ClientProfile(10 * self.number, rank=self.number), "base", blob)
         if kind == "measure":
-            query, state = decode_query(blob)
+            query, state, _ = decode_query(blob)
             assert query.on == "clients"
             return encode_scores(dict.fromkeys(state.adapter.layers, float(self.number)), 10 * self.number, blob)
         task, header = decode_task(blob)
         by, sent = self.number / 10, task.adapter.layers
         layers = {name: replace(x, A=x.A + by, B=x.B - by) for name, x in sent.items()}
-        update = Update(header["client"], Adapter(layers), 10 * self.number, task.factors, {"steps": 1.0})
+        update = Update(
+            header["client"], Adapter(layers), self.claims or 10 * self.number, task.factors, {"steps": 1.0}
+        )
         self.answered.append(encode_update(update, task, digest(blob), header["reply"]))
         return self.answered[-1]
 
@@ -50,6 +56,7 @@ class Lines:
     def __init__(self, count: int) -> None:
         self.clients = {f"c{number}": Site(number) for number in range(1, count + 1)}
         self.away: set[Client] = set()
+        self.mute: set[Client] = set()
         self.sent: list[tuple[str, Kind, Client, bytes]] = []
         self.waiting: dict[str, Reply] = {}
 
@@ -62,6 +69,8 @@ class Lines:
             name = f"m{len(self.sent)}"
             self.sent.append((name, kind, client, blob))
             ids[name] = client
+            if client in self.mute:
+                continue
             fault = self.clients[client].faults.pop(0) if kind == "fit" and self.clients[client].faults else ""
             if fault == "crash":
                 self.waiting[name] = Reply(name, None, "error 2: out of memory")
@@ -234,6 +243,59 @@ def test_the_audit_survives_a_line_cut_short(tmp_path: Path) -> None:
     assert [line["client"] for line in audit.lines()] == ["a", "b"]
     assert audit.path.read_bytes().startswith(whole)
     assert json.loads(whole)["hash"] == "x"
+
+
+def test_a_silent_newcomer_holds_up_nobody_for_long_and_is_let_in_when_it_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyrank.engines.exchange._PATIENCE", 0.1)
+    lines = Lines(2)
+    lines.mute = {"c2"}
+    clients = remote(lines, tmp_path, replace(FAST, deadline=3600, wait=3600))
+    begun = time.monotonic()
+    assert list(clients.profiles()) == ["c1"]
+    assert time.monotonic() - begun < 30
+    hello = next(name for name, kind, client, _ in lines.sent if kind == "profile" and client == "c2")
+    lines.mute = set()
+    lines.waiting[hello] = Reply(hello, lines.clients["c2"].answer("profile", lines.sent[0][3]))
+    assert list(clients.profiles()) == ["c1", "c2"]
+    assert sum(kind == "profile" for _, kind, *_ in lines.sent) == 2
+
+
+def test_who_is_refused_is_not_asked_at_every_look(tmp_path: Path) -> None:
+    lines = Lines(2)
+    lines.clients["c2"].answer = lambda kind, blob: encode_profile(ClientProfile(5), "other", blob)  # type: ignore[method-assign]
+    clients = remote(lines, tmp_path, replace(FAST, clients=2, wait=0.2))
+    with pytest.raises(TooFewError):
+        clients.profiles()
+    assert sum(line["event"] == "refused" for line in clients.audit.lines()) <= 2
+
+
+def test_a_client_cannot_claim_more_examples_than_it_has_said_to_hold(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    clients = remote(lines, tmp_path, replace(FAST, quorum=0.5))
+    tasks = tasks_of(clients, state)
+    lines.clients["c2"].claims = 1e9
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c3"]
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "refused"]
+    assert line["client"] == "c2"
+    assert "claims 1e+09 examples, and has said that it holds 20" in line["reason"]
+
+
+@pytest.mark.parametrize("up", ["float32", "int8"])
+@pytest.mark.parametrize("down", ["bfloat16", "int8", "nf4"])
+def test_what_a_lossy_task_lost_is_not_taken_for_training(
+    tmp_path: Path, state: ServerState, down: Encoding, up: Encoding
+) -> None:
+    clients = remote(Lines(2), tmp_path, replace(FAST, down=down, up=up))
+    tasks = {client: replace(task, factors="B") for client, task in tasks_of(clients, state).items()}
+    for update in clients.fit(tasks):
+        number = int(update.client[1:])
+        for name, x in update.adapter.layers.items():
+            sent = tasks[update.client].adapter.layers[name]
+            assert torch.equal(x.A, sent.A)  # a factor that is not trained is the server's own
+            assert torch.allclose(x.B, sent.B - number / 10, atol=1e-3)
+        assert change(tasks[update.client].adapter, update.adapter) > 0
 
 
 def test_lossy_messages_move_the_values_they_were_sent(tmp_path: Path, state: ServerState) -> None:

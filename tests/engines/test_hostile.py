@@ -488,7 +488,7 @@ def as_task(blob: bytes) -> None:
 
 
 def as_query(blob: bytes) -> None:
-    query, state = decode_query(blob)
+    query, state, _ = decode_query(blob)
     assert query.kind in ("fisher", "gradient")
     assert query.samples is None or query.samples >= 0
     assert state.round >= 0

@@ -156,8 +156,7 @@ class Site:
         return held[len(asked) :] if held.startswith(asked.encode()) else None
 
     def _measure(self, blob: bytes) -> bytes:
-        query, state = decode_query(blob)
-        _, header = decode_task(blob)
+        query, state, header = decode_query(blob)
         base, data = self._model(header.get("model"))
         own: Indices = self.holdings.own
         who: Client = str(header["client"])

@@ -22,6 +22,10 @@ from polyrank.engines.wire import Sent, WireError, decode_update, digest, encode
 Kind = Literal["profile", "fit", "measure"]
 
 
+_PATIENCE = 60.0
+"""Seconds for which a newcomer is waited for, and after which one that failed is asked again."""
+
+
 class TooFewError(RuntimeError):
     """Not enough clients are there, or have answered; the run can be resumed."""
 
@@ -90,6 +94,15 @@ class Terms:
         return max(1, math.ceil(self.quorum * needed - 1e-9))
 
 
+class _Hello(NamedTuple):
+    """A newcomer that has been asked what it is, and until when it may answer."""
+
+    client: Client
+    address: int
+    asked: bytes
+    expires: float
+
+
 @dataclass
 class _Round:
     """A round in flight.
@@ -143,6 +156,8 @@ class Remote:
         self._measure_here = measure
         self._met: dict[Client, tuple[int, ClientProfile]] = {}
         self._profiles: Mapping[Client, ClientProfile] = {}
+        self._hellos: dict[str, _Hello] = {}
+        self._not_before: dict[Client, float] = {}
         self._overdue: dict[str, tuple[int, Client, float]] = {}
         self._received: dict[Client, tuple[str, int]] = {}
 
@@ -164,6 +179,10 @@ class Remote:
         if found != self._profiles:
             self._profiles = found
         return self._profiles
+
+    def known(self) -> Mapping[Client, ClientProfile]:
+        """Those of all that have ever been connected; asks and waits for nobody."""
+        return {client: profile for client, (_, profile) in self._met.items()}
 
     def fit(self, tasks: Mapping[Client, Task]) -> Iterator[Update]:
         """Has the clients train; accepted updates, in order of client.
@@ -223,23 +242,44 @@ class Remote:
         self._received = {}
 
     def _connected(self) -> dict[Client, ClientProfile]:
-        there = self.post.sites()
-        fresh = [client for client, address in sorted(there.items()) if self._met.get(client, (None,))[0] != address]
+        """Who is there, and has said what it is. A newcomer's answer is waited for, but not for long."""
+        there, now = self.post.sites(), time.monotonic()
+        self._hellos = {message: hello for message, hello in self._hellos.items() if hello.expires > now}
+        busy = {hello.client for hello in self._hellos.values()}
+        known = {client for client, address in there.items() if self._met.get(client, (None,))[0] == address}
+        fresh = [c for c in sorted(there) if c not in known | busy and self._not_before.get(c, 0.0) <= now]
         if fresh:
             asked = ask_profile(self.model)
-            waiting = self.post.send("profile", dict.fromkeys(fresh, asked), self.terms.wait)
-            for client, blob in self._answers(waiting, -1):
-                try:
-                    profile = decode_profile(blob, asked, self.base)
-                except WireError as error:
-                    self._refuse(-1, client, blob, str(error))
-                else:
-                    self._met[client] = (there[client], profile)
-                    self.audit.note("joined", -1, client, examples=profile.examples)
+            sent = self.post.send("profile", dict.fromkeys(fresh, asked), self.terms.wait)
+            self._hellos |= {m: _Hello(c, there[c], asked, now + self.terms.wait) for m, c in sent.items()}
+        patience = now + min(_PATIENCE, self.terms.wait) if fresh else now
+        self._greet()
+        while self._hellos and time.monotonic() < patience:
+            time.sleep(self.terms.poll)
+            self._greet()
         return {c: self._met[c][1] for c in sorted(there) if self._met.get(c, (None,))[0] == there[c]}
 
+    def _greet(self) -> None:
+        """Takes what newcomers have said of themselves; who is refused, or fails, is asked again later."""
+        for reply in self.post.receive(self._hellos.keys()) if self._hellos else ():
+            hello = self._hellos.pop(reply.message, None)
+            if hello is None:
+                continue
+            self._not_before[hello.client] = time.monotonic() + _PATIENCE
+            if reply.blob is None:
+                self.audit.note("failed", -1, hello.client, reason=reply.error[:500])
+                continue
+            try:
+                profile = decode_profile(reply.blob, hello.asked, self.base)
+            except WireError as error:
+                self._refuse(-1, hello.client, reply.blob, str(error))
+            else:
+                self._met[hello.client] = (hello.address, profile)
+                del self._not_before[hello.client]
+                self.audit.note("joined", -1, hello.client, examples=profile.examples)
+
     def _answers(self, waiting: dict[str, Client], round_: int) -> Iterator[tuple[Client, bytes]]:
-        """Answers to messages that all clients are waited for, at most for a deadline."""
+        """Answers to messages, until all have come or a deadline has passed."""
         ends = time.monotonic() + self.terms.deadline
         while waiting and time.monotonic() < ends:
             for reply in self.post.receive(waiting.keys()):
@@ -299,6 +339,9 @@ class Remote:
         sent = flight.sent[client]
         try:
             update, lost = decode_update(blob, sent, client)
+            held = self._met[client][1].examples
+            if update.examples > held:
+                raise WireError(f"claims {update.examples:g} examples, and has said that it holds {held}")
         except WireError as error:
             flight.out.add(client)
             self._refuse(flight.number, client, blob, str(error))

@@ -71,8 +71,8 @@ def ask_scores(query: Query, state: ServerState, client: Client, model: Mapping[
     return encode_task(task, client, query=asked, model=model).blob
 
 
-def decode_query(blob: bytes) -> tuple[Query, ServerState]:
-    """What a client is asked to measure, and of which model.
+def decode_query(blob: bytes) -> tuple[Query, ServerState, dict[str, Any]]:
+    """What a client is asked to measure, of which model, and the header it came with.
 
     Raises:
         WireError: if it is no such question.
@@ -90,7 +90,7 @@ def decode_query(blob: bytes) -> tuple[Query, ServerState]:
         number = getattr(query, name)
         if (type(number) is not int or number < 0) and (name, number) != ("samples", None):
             raise WireError(f"query: {name}: {shown(number)} is not a whole number from 0")
-    return query, ServerState(task.round, task.adapter, task.frozen)
+    return query, ServerState(task.round, task.adapter, task.frozen), header
 
 
 def encode_scores(scores: Mapping[str, float], examples: int, asked: bytes) -> bytes:

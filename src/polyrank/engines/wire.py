@@ -23,7 +23,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
-from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.lowrank import Adapter, LowRank, truncate
 from polyrank.core.privacy import Privacy
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.engines.encodings import CODECS, Encoding, relative_error
@@ -43,8 +43,7 @@ _PER_RANK = 8
 _MOST_EXAMPLES = 2**53
 _LARGEST = sys.float_info.max
 
-_METRICS = {"loss", "steps", "seconds", "memory", "epsilon"}
-
+_METRICS = {"loss", "steps", "seconds", "memory"}
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading values that may be anything can raise."""
@@ -59,12 +58,14 @@ class Sent(NamedTuple):
 
     Attributes:
         blob: the message.
-        task: what the client reads in it: the task itself, but for the rounding of a lossy encoding.
+        task: the task.
+        read: what the client reads in the message: the task itself, but for the rounding of a lossy encoding.
         reply: the encoding that the answer must have.
     """
 
     blob: bytes
     task: Task
+    read: Task
     reply: Encoding
 
     @property
@@ -132,7 +133,7 @@ def encode_task(
         **more,
     }
     blob = frame(header, CODECS[encoding].pack(tensors))
-    return Sent(blob, task if CODECS[encoding].exact else decode_task(blob)[0], reply)
+    return Sent(blob, task, task if CODECS[encoding].exact else decode_task(blob)[0], reply)
 
 
 def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
@@ -169,7 +170,9 @@ def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "f
     """
     codec = CODECS[reply]
     values = _values(update.adapter, sent.factors)
-    moved = values if codec.exact else [x - y for x, y in zip(values, _start(update.adapter, sent), strict=True)]
+    ranks = [x.rank for x in update.adapter.layers.values()]
+    start = _values(_at_ranks(sent.adapter, ranks), sent.factors)
+    moved = values if codec.exact else [x - y for x, y in zip(values, start, strict=True)]
     parts = codec.pack(moved)
     header: dict[str, Any] = {
         "kind": "update",
@@ -181,7 +184,6 @@ def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "f
     }
     if not codec.exact:
         header["error"] = relative_error(moved, codec.unpack(parts, [x.numel() for x in moved]))
-    ranks = [x.rank for x in update.adapter.layers.values()]
     if ranks != [x.rank for x in sent.adapter.layers.values()]:
         header["ranks"] = ranks
     return frame(header, parts)
@@ -199,6 +201,8 @@ def _most_header(sent: Sent) -> int:
 
 def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, float]:
     """The update in an answer to a task, and what its encoding lost (`encode_update`).
+
+    What the task lost on its way is not taken for training: the client's movement is added to what the server sent.
 
     Raises:
         WireError: if the message is anything else than an answer to that very task by that client: other layers,
@@ -221,37 +225,36 @@ def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, floa
         names = shown(metrics) if not isinstance(metrics, dict) else ", ".join(sorted(metrics))[:200]
         raise WireError(f"metrics: {names}: not all are among {', '.join(sorted(_METRICS))}")
     metrics = {name: _number(value, name) for name, value in metrics.items()}
-    start = _at_ranks(task, header.get("ranks"))
+    ranks = _ranks(task, header.get("ranks"))
+    start, read = _at_ranks(task.adapter, ranks), _at_ranks(sent.read.adapter, ranks)
     values = _values(start, task.factors)
     found = _read(body, sent.reply, [x.numel() for x in values])
-    if not CODECS[sent.reply].exact:
+    if CODECS[sent.reply].exact and sent.read is not task:
+        found = [x - y.flatten() for x, y in zip(found, _values(read, task.factors), strict=True)]
+    if not CODECS[sent.reply].exact or sent.read is not task:
         found = [x + y.flatten() for x, y in zip(found, values, strict=True)]
     adapter = _replaced(start, task.factors, found)
     return Update(client, adapter, examples, task.factors, metrics), _number(header.get("error", 0.0), "error")
 
 
-def _at_ranks(task: Task, ranks: Any) -> Adapter:
-    """The adapter of a task at the ranks that an update states, where its client may have pruned itself."""
-    if ranks is None:
-        return task.adapter
+def _ranks(task: Task, stated: Any) -> list[int]:
+    """The ranks of an update's layers: those that were sent, unless its client may have pruned itself."""
     layers = task.adapter.layers
+    if stated is None:
+        return [x.rank for x in layers.values()]
     if task.penalty is None or not task.penalty.prune:
         raise WireError("states ranks of its own, and its task has none pruned")
-    if not isinstance(ranks, list) or len(ranks) != len(layers):
-        raise WireError(f"ranks: {shown(ranks)} is not a list of one for each of {len(layers)} layers")
-    pruned = {}
-    for (name, x), rank in zip(layers.items(), ranks, strict=True):
+    if not isinstance(stated, list) or len(stated) != len(layers):
+        raise WireError(f"ranks: {shown(stated)} is not a list of one for each of {len(layers)} layers")
+    for (name, x), rank in zip(layers.items(), stated, strict=True):
         if type(rank) is not int or not 1 <= rank <= x.rank:
             raise WireError(f"ranks: {shown(rank)} for {name}, which was sent rank {x.rank}")
-        pruned[name] = LowRank(x.A[:rank], x.B[:, :rank], x.scale)
-    return Adapter(pruned, task.adapter.dense)
+    return stated
 
 
-def _start(trained: Adapter, sent: Task) -> list[Tensor]:
-    """Where the travelling values of an update began, at the update's ranks."""
-    layers = {n: LowRank(sent.adapter.layers[n].A[: x.rank], sent.adapter.layers[n].B[:, : x.rank], x.scale)
-              for n, x in trained.layers.items()}  # fmt: skip
-    return _values(Adapter(layers, sent.adapter.dense), sent.factors)
+def _at_ranks(adapter: Adapter, ranks: Sequence[int]) -> Adapter:
+    layers = {name: truncate(x, rank) for (name, x), rank in zip(adapter.layers.items(), ranks, strict=True)}
+    return Adapter(layers, adapter.dense)
 
 
 def _values(adapter: Adapter, factors: str) -> list[Tensor]:

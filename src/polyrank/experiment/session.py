@@ -42,8 +42,9 @@ class Session:
         self.state: ServerState = run.restore() or self.world.start
         self.records: list[Mapping[str, Any]] = list(run.records())
         self.validation = self._validation_subset()
-        e = self.experiment
-        self.spent = Spent(e.protection(), e.local_training(), self.world.clients.profiles, self.records)
+        e, clients = self.experiment, self.world.clients
+        known = clients.known if isinstance(clients, Remote) else clients.profiles
+        self.spent = Spent(e.protection(), e.local_training(), known, self.records)
 
     def rounds(self) -> Iterator[tuple[RoundRecord, float]]:
         """Runs the remaining rounds; after each: record and checkpoint on disk, then the record and its seconds."""
