@@ -147,16 +147,16 @@ def test_an_update_is_read_as_it_was_written(
         return
     # What moved is what the client moved from what it read, and is added to what the server sent.
     starts = trained(read, 0.0, prune), trained(task, 0.0, prune)
-    moves = [
-        (x - r, y - s)
-        for (_, x), (_, y), (_, r), (_, s) in zip(*map(parts, (update.adapter, found.adapter, *starts)), strict=True)
-    ]
+    four = zip(*map(parts, (update.adapter, found.adapter, *starts)), strict=True)
+    moves = [(x - r, y - s) for (_, x), (_, y), (_, r), (_, s) in four]
     went = math.hypot(*(float(torch.linalg.vector_norm(x)) for x, _ in moves))
     off = math.hypot(*(float(torch.linalg.vector_norm(x - y)) for x, y in moves))
     # What was sent is added to the movement in float32, which rounds once more.
     rounding = 1e-6 * math.hypot(*(float(torch.linalg.vector_norm(x)) for _, x in parts(update.adapter)))
     assert off == pytest.approx(lost * went, abs=rounding + 1e-12)
-    assert lost <= {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 8 * 0.5 / 127, "nf4": 1.0}[up]  # 64 values, each off by half a step
+    assert (
+        lost <= {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 8 * 0.5 / 127, "nf4": 1.0}[up]
+    )  # 64 values, each off by half a step
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,11 +15,11 @@ import yaml
 
 from polyrank.core.rng import stream
 from polyrank.experiment.store import Run
+from sittings import contents
 
 Config = dict[str, Any]
 Polyrank = Callable[..., int]
 KILLS, KILLED = 50, -signal.SIGKILL
-OF_THE_MACHINE = {"timings.jsonl", "summary.json"}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,6 @@ def experiment(tmp_path_factory: pytest.TempPathFactory, digits_config: Config) 
     path = tmp_path_factory.mktemp("killed") / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(files.items()) if name not in OF_THE_MACHINE}
 
 
 def moment(number: int, start: float, whole: float) -> dict[str, Any]:

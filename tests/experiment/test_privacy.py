@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from polyrank.cli import app
 from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
 from polyrank.core.types import ClientProfile, LocalTraining
-from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.config import ConfigError
 from polyrank.experiment.loading import parse
 from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.privacy import LINEAR, Spent
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 from polyrank.methods import AGGREGATORS, METHODS
+from sittings import contents, experiment_of, finished, records, started
 
 Config = dict[str, Any]
-OF_THE_MACHINE = {"timings.jsonl", "summary.json"}
 FORMS: dict[str, Config] = {
     "central": {"clients": {"clip": 0.5, "noise": 0.2}},
     "client": {"clients": {"clip": 0.5, "noise": 0.2, "where": "client"}},
@@ -37,29 +37,6 @@ FORMS: dict[str, Config] = {
 @pytest.fixture
 def config(digits_config: Config) -> Config:
     return copy.deepcopy(digits_config)
-
-
-def experiment_of(config: Config, **changes: Any) -> Experiment:
-    return parse({**config, **changes}, "test", Path())
-
-
-def started(folder: Path, config: Config, **changes: Any) -> Session:
-    return Session(Run.create(folder, experiment_of(config, **changes)))
-
-
-def finished(session: Session) -> dict[str, Any]:
-    for _ in session.rounds():
-        pass
-    return session.finish()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(files.items()) if name not in OF_THE_MACHINE}
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return list(Run.open(folder).records())
 
 
 def by_opacus(history: list[tuple[float, float, int]], delta: float) -> float:

@@ -20,8 +20,7 @@ from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState
 from polyrank.experiment.build import build
-from polyrank.experiment.config import ConfigError, Experiment
-from polyrank.experiment.loading import parse
+from polyrank.experiment.config import ConfigError
 from polyrank.experiment.session import Session, exported
 from polyrank.experiment.shares import share_data
 from polyrank.experiment.store import Run, RunError, free_folder, pack, unpack
@@ -29,38 +28,14 @@ from polyrank.local.adapters import AdapterError, read_adapter, write_adapter
 from polyrank.local.evaluate import evaluate
 from polyrank.local.hf import load_exported
 from polyrank.methods import METHODS
+from sittings import contents, experiment_of, finished, records, started
 
 Config = dict[str, Any]
-OF_THE_MACHINE = {"timings.jsonl", "summary.json"}  # the files that differ from sitting to sitting
 
 
 @pytest.fixture
 def config(digits_config: Config) -> Config:
     return copy.deepcopy(digits_config)
-
-
-def experiment_of(config: Config, **changes: Any) -> Experiment:
-    return parse({**config, **changes}, "test", Path())
-
-
-def started(folder: Path, config: Config, **changes: Any) -> Session:
-    return Session(Run.create(folder, experiment_of(config, **changes)))
-
-
-def finished(session: Session) -> dict[str, Any]:
-    for _ in session.rounds():
-        pass
-    return session.finish()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run that must not depend on how it came about."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(files.items()) if name not in OF_THE_MACHINE}
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return list(Run.open(folder).records())
 
 
 def loss(record: dict[str, Any]) -> float:

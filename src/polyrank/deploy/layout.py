@@ -64,10 +64,29 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """The folder of a server."""
+class Place:
+    """A folder that processes run in: a server's or a node's."""
 
     folder: Path
+
+    @property
+    def home(self) -> Path:
+        """Flower's own folder."""
+        return self.folder / "state" / "flwr"
+
+    @property
+    def run(self) -> Path:
+        """Of pid files."""
+        return self.folder / "run"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+
+@dataclass(frozen=True)
+class Deployment(Place):
+    """The folder of a server."""
 
     @classmethod
     def open(cls, folder: Path) -> Deployment:
@@ -102,28 +121,15 @@ class Deployment:
     def secret(self) -> Path:
         return self.folder / "server" / "superexec.secret"
 
-    @property
-    def home(self) -> Path:
-        return self.folder / "state" / "flwr"
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
     def node(self, name: str) -> Node:
         """The folder that is made for a site."""
         return Node(self.folder / "nodes" / name)
 
 
 @dataclass(frozen=True)
-class Node:
+class Node(Place):
     """The folder of a site's node."""
 
-    folder: Path
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,18 +167,6 @@ class Node:
     @property
     def secret(self) -> Path:
         return self.folder / "state" / "superexec.secret"
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "state" / "flwr"
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
 
     def _about(self) -> dict[str, Any]:
         try:

@@ -16,7 +16,7 @@ import httpx
 
 from polyrank.deploy import control, supervise
 from polyrank.deploy.certificates import expires
-from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Node, environment, nginx, program
+from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Place, environment, nginx, program
 from polyrank.deploy.supervise import Service
 from polyrank.files import write_json, write_text
 
@@ -165,12 +165,12 @@ def status(deployment: Deployment) -> dict[str, Any]:
     return found
 
 
-def processes(place: Deployment | Node) -> dict[str, int | None]:
+def processes(place: Place) -> dict[str, int | None]:
     """Pids of a server's or node's processes by name; None of one that does not run."""
     return {name: supervise.running(place.run, name) for name in supervise.names(place.run)}
 
 
-def down(place: Deployment | Node) -> list[str]:
+def down(place: Place) -> list[str]:
     """Ends all processes of a server or a node that were started from its folder; returns their names."""
     return supervise.stop(place.run)
 

@@ -62,7 +62,20 @@ http {
 }
 """
 
-SERVER_UNIT = """\
+_KEPT = """\
+Restart=always
+RestartSec=10
+UMask=0077
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=full
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+SERVER_UNIT = (
+    """\
 [Unit]
 Description=$description
 After=network-online.target$after
@@ -72,19 +85,13 @@ Wants=network-online.target
 User=$user
 WorkingDirectory=$folder
 ExecStart=$command
-Restart=always
-RestartSec=10
-UMask=0077
-NoNewPrivileges=yes
-PrivateTmp=yes
-ProtectSystem=full
 ReadWritePaths=$folder
-
-[Install]
-WantedBy=multi-user.target
 """
+    + _KEPT
+)
 
-NODE_UNIT = """\
+NODE_UNIT = (
+    """\
 # A site's node: `systemctl enable --now polyrank-node@$name`. The instance is its folder's name in /var/lib/polyrank.
 # RestartSec: Flower's node exits, rather than waits, while the server still holds the lease of the process before it.
 [Unit]
@@ -96,17 +103,10 @@ Wants=network-online.target time-sync.target
 User=polyrank
 WorkingDirectory=/var/lib/polyrank/%i
 ExecStart=/opt/polyrank/bin/polyrank deploy join /var/lib/polyrank/%i --foreground
-Restart=always
-RestartSec=10
-UMask=0077
-NoNewPrivileges=yes
-PrivateTmp=yes
-ProtectSystem=full
 ReadWritePaths=/var/lib/polyrank/%i
-
-[Install]
-WantedBy=multi-user.target
 """
+    + _KEPT
+)
 
 SITE = """\
 # What node $name is made of. This file and the data stay here; the server learns how many examples there are, and the

@@ -150,7 +150,7 @@ class SimulationConfig(Strict):
 
     Attributes:
         cache: memory for hidden states below the lowest block that a client trains (`polyrank.local.prefix`), ``off``,
-            or ``auto``: where examples come again, a quarter of what is free, at most 4 GiB.
+            or ``auto``: where examples come again, an eighth of all memory, at most 4 GiB.
         together: most input positions of a step that clients share, where sharing is faster
             (`polyrank.local.grouping`); ``off``: each trains alone; ``auto``: 1,024 on a CPU, 16,384 on a GPU. Never
             more than half of the machine's memory has room for.

@@ -39,8 +39,8 @@ def cache_memory(experiment: Experiment) -> float | Literal["off"]:
     It is off where single examples are protected: every one of a random sample runs whole.
 
     ``auto`` is off where no example comes again with the same model below: in one epoch of one round, or where each
-    round sends the layers that a client does not train as well. Otherwise it is a quarter of what is free, rounded down
-    to a power of two, so that it is the same next time, and at most 4 GiB.
+    round sends the layers that a client does not train as well. Otherwise it is an eighth of all memory, rounded down
+    to a power of two, at most 4 GiB: of all, and not of what is free, so that it is the same next time.
     """
     if experiment.privacy.examples is not None:
         return "off"
@@ -49,8 +49,8 @@ def cache_memory(experiment: Experiment) -> float | Literal["off"]:
     local, dispatch = experiment.local, experiment.build_method().dispatch
     again_now = local.epochs > 1 or local.steps is not None
     again_later = experiment.rounds > 1 and describe(SLOTS["dispatch"], dispatch)["name"] != "whole"
-    free = device_memory(torch.device(pick_device(experiment.device))).free
-    return float(2 ** min(int(math.log2(free / 4)), 32)) if again_now or again_later else "off"
+    total = device_memory(torch.device(pick_device(experiment.device))).total
+    return float(2 ** min(int(math.log2(total / 8)), 32)) if again_now or again_later else "off"
 
 
 def together(experiment: Experiment) -> int | Literal["off"]:

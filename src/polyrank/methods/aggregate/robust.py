@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from polyrank.core.factorise import row_gram
-from polyrank.core.lowrank import Adapter, LowRank, precision, stack, tail, truncate
+from polyrank.core.lowrank import Adapter, LowRank, precision, stack, tail, trim, truncate
 from polyrank.core.types import ServerState, Update
 from polyrank.methods.aggregate.sums import Absent, with_layers
 
@@ -148,14 +148,19 @@ def _layer_mean(
     rows: Rows,
     layers: Absent,
 ) -> LowRank:
-    """One layer's mean: what clients sent, and of the server's rows what was not replaced."""
+    """One layer's mean: what clients sent, and of the server's rows what was not replaced.
+
+    Without pairs that contribute nothing, as the server's have not before they are trained: no decomposition can tell
+    their directions from one another, so which it found would follow from rounding.
+    """
     left = torch.zeros(held.rank, dtype=torch.float64, device=held.A.device)
     parts: list[LowRank] = []
     for i, share in shares.items():
         left += share * (1 - factors[i] * _covered(sent[i], held, rows, layers))
         if (x := sent[i]) is not None:
             parts.append(_shrunk(x, share * factors[i]))
-    return stack([LowRank(held.A[left != 0], (held.B * left.to(held.B.dtype))[:, left != 0], held.scale), *parts])
+    kept = LowRank(held.A, held.B * left.to(held.B.dtype), held.scale)
+    return trim(stack([kept, *parts]))
 
 
 def _shrunk(x: LowRank, factor: float) -> LowRank:
