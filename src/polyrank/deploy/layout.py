@@ -188,7 +188,7 @@ def require_flower() -> None:
         ImportError: saying how to install it.
     """
     if importlib.util.find_spec("flwr") is None:
-        raise ImportError("deployments need Flower: pip install 'polyrank[flower]'")
+        raise ImportError("deployments need Flower: pip install 'flwr>=1.41,<1.43' (the extra 'flower')")
 
 
 def environment(home: Path, telemetry: bool = False) -> dict[str, str]:
@@ -220,7 +220,7 @@ def program(name: str) -> str:
     """
     path = Path(sys.executable).parent / name
     if not path.is_file():
-        raise DeployError(f"{path}: is not there; pip install 'polyrank[flower]' puts it beside this interpreter")
+        raise DeployError(f"{path}: is not there; pip install flwr (the extra 'flower') puts it beside this interpreter")
     return str(path)
 
 

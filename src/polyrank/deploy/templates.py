@@ -132,8 +132,8 @@ NODE_README = """\
 This folder makes a machine the node `$name` of the federation at $superlink. `node.key` is this node's identity:
 whoever has it can take part under this name. Keep it on this machine, readable by one user.
 
-1. Install, in a virtual environment: `pip install 'polyrank[flower]'`. The code that trains is the one installed here;
-   the server sends none.
+1. Install, in a virtual environment, from a checkout: `pip install '.[flower]'`. The code that trains is the one
+   installed here; the server sends none.
 2. Say in `site.yaml` where this site's data is and what the machine can afford.
 3. Keep the clock right (NTP): the server refuses a node whose clock is over 5 seconds ahead or 5 minutes behind.
 4. Start: `polyrank deploy join .`. It dials $superlink, which must be reachable; nothing dials this machine.
@@ -156,7 +156,7 @@ README = """\
 
 The server is dialled as $public. It has $count: $names.
 
-Everything below is run by one user, in an environment with `pip install 'polyrank[flower]'`. Nothing in this folder
+Everything below is run by one user, in an environment with polyrank's extra `flower`. Nothing in this folder
 but `nodes/` leaves the machine.
 
 ## Server

@@ -93,5 +93,5 @@ def require_opacus() -> Any:
         import opacus.accountants.analysis.rdp
         import opacus.optimizers
     except ImportError:
-        raise ImportError("privacy: needs Opacus: pip install 'polyrank[privacy]'") from None
+        raise ImportError("privacy: needs Opacus: pip install opacus (the extra 'privacy')") from None
     return opacus
