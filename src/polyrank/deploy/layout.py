@@ -220,7 +220,7 @@ def program(name: str) -> str:
     """
     path = Path(sys.executable).parent / name
     if not path.is_file():
-        raise DeployError(f"{path}: is not there; pip install flwr (the extra 'flower') puts it beside this interpreter")
+        raise DeployError(f"{path}: is not there; the extra 'flower' puts it beside this interpreter")
     return str(path)
 
 
