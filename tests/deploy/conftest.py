@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
+pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
 from polyrank.deploy import join, operate, provision
 from polyrank.deploy.layout import Deployment

@@ -40,11 +40,13 @@ class InProcessGrid(Grid):
     @property
     def run(self) -> Any: ...
 
-    def create_message(self, *arguments: Any, **options: Any) -> Message:
-        raise NotImplementedError
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def send_and_receive(self, *arguments: Any, **options: Any) -> Iterable[Message]:
-        raise NotImplementedError
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)

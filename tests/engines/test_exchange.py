@@ -88,9 +88,9 @@ class Lines:
         return [self.waiting.pop(name) for name in list(self.waiting) if name in messages]
 
 
-def remote(lines: Lines, folder: Path, terms: Terms = FAST) -> Remote:
+def remote(lines: Lines, folder: Path, terms: Terms = FAST, secret: bytes = b"s") -> Remote:
     audit = Audit(folder / "audit.jsonl")
-    return Remote(lines, {"kind": "text"}, "base", terms, audit, lambda query, state: {"q": 1.0})
+    return Remote(lines, {"kind": "text"}, "base", terms, audit, lambda query, state: {"q": 1.0}, secret)
 
 
 def tasks_of(clients: Remote, state: ServerState) -> dict[Client, Task]:
@@ -296,6 +296,19 @@ def test_what_a_lossy_task_lost_is_not_taken_for_training(
             assert torch.equal(x.A, sent.A)  # a factor that is not trained is the server's own
             assert torch.allclose(x.B, sent.B - number / 10, atol=1e-3)
         assert change(tasks[update.client].adapter, update.adapter) > 0
+
+
+def test_nobody_else_knows_what_an_answer_must_name(tmp_path: Path, state: ServerState) -> None:
+    def blobs(secret: bytes) -> dict[Client, bytes]:
+        lines = Lines(2)
+        clients = remote(lines, tmp_path, secret=secret)
+        list(clients.fit(tasks_of(clients, state)))
+        return {client: blob for _, kind, client, blob in lines.sent if kind == "fit"}
+
+    first, again, other = blobs(b"a"), blobs(b"a"), blobs(b"b")
+    assert first == again  # also after a restart, so that a site answers as before
+    words = {opened(blob, "task")[0]["word"] for found in (first, other) for blob in found.values()}
+    assert len(words) == 4
 
 
 def test_lossy_messages_move_the_values_they_were_sent(tmp_path: Path, state: ServerState) -> None:

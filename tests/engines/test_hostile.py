@@ -567,7 +567,9 @@ class Post:
 def one_round(folder: Path, hostile: Hostile) -> tuple[ServerState, RoundRecord, Remote]:
     folder.mkdir()
     terms = Terms(clients=2, wait=0.05, deadline=0.05, quorum=0.6, poll=0.001)
-    clients = Remote(Post(hostile), {"kind": "text"}, "base", terms, Audit(folder / "audit.jsonl"), lambda q, s: {})
+    clients = Remote(
+        Post(hostile), {"kind": "text"}, "base", terms, Audit(folder / "audit.jsonl"), lambda q, s: {}, b"s"
+    )
     state = ServerState(0, adapter_of(0))
     rounds = federate(
         METHODS["flexlora"](), state, clients, SPEC, LocalTraining(lr=0.1), rounds=1, gate=Gate(norm=10.0)
@@ -638,7 +640,9 @@ def test_hostile_profiles_and_scores_leave_the_others(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         terms = Terms(clients=2, wait=0.05, deadline=0.02, poll=0.001)
-        clients = Remote(Post(hostile), {"kind": "text"}, "base", terms, Audit(folder / "audit.jsonl"), lambda q, s: {})
+        clients = Remote(
+            Post(hostile), {"kind": "text"}, "base", terms, Audit(folder / "audit.jsonl"), lambda q, s: {}, b"s"
+        )
         found = clients.profiles()
         scores = clients.measure(Query("fisher", "clients", cohort=("a", "b", "c")), STATE)
         return found, scores, clients

@@ -22,7 +22,8 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the remaining rounds."""
     run = Run.open(Path(str(context.run_config["folder"])))
     if run.summary() is None:
-        session = Session(run, build_server(run.experiment(), FlowerPost(grid), Audit(run.folder / "audit.jsonl")))
+        audit = Audit(run.folder / "audit.jsonl")
+        session = Session(run, build_server(run.experiment(), FlowerPost(grid), audit, run.secret()))
         for _ in session.rounds():
             pass
         session.finish()

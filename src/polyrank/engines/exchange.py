@@ -6,6 +6,7 @@ with the task it answers before anything is made of it (`polyrank.engines.wire`)
 
 from __future__ import annotations
 
+import hmac
 import math
 import time
 from collections import Counter
@@ -141,6 +142,8 @@ class Remote:
         terms: how long and for how many to wait.
         audit: where everything that arrives is noted.
         measure: computes importance on what the server holds.
+        secret: of the run. A word made of it is in each task, so that no other client can know the hash that an answer
+            must name, and a task that is sent again after a restart is the same.
     """
 
     def __init__(
@@ -151,7 +154,9 @@ class Remote:
         terms: Terms,
         audit: Audit,
         measure: Callable[[Query, ServerState], Mapping[str, float]],
+        secret: bytes,
     ) -> None:
+        self._secret = secret
         self.post, self.model, self.base, self.terms, self.audit = post, model, base, terms, audit
         self._measure_here = measure
         self._met: dict[Client, tuple[int, ClientProfile]] = {}
@@ -193,7 +198,10 @@ class Remote:
         if not tasks:
             return
         terms, round_ = self.terms, next(iter(tasks.values())).round
-        sent = {c: encode_task(task, c, terms.down, terms.up, model=self.model) for c, task in tasks.items()}
+        sent = {
+            client: encode_task(task, client, terms.down, terms.up, model=self.model, word=self._word(round_, client))
+            for client, task in tasks.items()
+        }
         flight, needed = _Round(round_, sent), terms.needed(len(tasks))
         self._collect(flight, needed, terms.enough(needed))
         if len(flight.updates) < terms.enough(needed):
@@ -277,6 +285,9 @@ class Remote:
                 self._met[hello.client] = (hello.address, profile)
                 del self._not_before[hello.client]
                 self.audit.note("joined", -1, hello.client, examples=profile.examples)
+
+    def _word(self, round_: int, client: Client) -> str:
+        return hmac.new(self._secret, f"{round_} {client}".encode(), "sha256").hexdigest()[:32]
 
     def _answers(self, waiting: dict[str, Client], round_: int) -> Iterator[tuple[Client, bytes]]:
         """Answers to messages, until all have come or a deadline has passed."""

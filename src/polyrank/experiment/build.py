@@ -116,7 +116,7 @@ def build_here(experiment: Experiment, sharing: int = 1) -> World:
     return ground.world(experiment, simulator)
 
 
-def build_server(experiment: Experiment, post: Post, audit: Audit) -> World:
+def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes) -> World:
     """Everything, with the clients on other machines; of the data, what the server itself holds is used.
 
     Raises:
@@ -136,7 +136,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit) -> World:
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
     terms = Terms(**experiment.deployment.model_dump())
-    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure))
+    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret))
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,14 @@ class Run:
         """Seconds spent in rounds, over all sittings."""
         return float(sum(line["wall_seconds"] for line in self.timings()))
 
+    def secret(self) -> bytes:
+        """32 random bytes of the run's own, made when they are first asked for."""
+        path = self.folder / "state" / "secret"
+        if not path.is_file():
+            write_bytes(path, os.urandom(32))
+            path.chmod(0o600)
+        return path.read_bytes()
+
     def save(self, state: ServerState) -> None:
         """The checkpoint after a round, replacing the one before."""
         write_bytes(self.checkpoint, pack(state))
