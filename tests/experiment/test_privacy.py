@@ -200,7 +200,7 @@ def test_opacus_is_asked_for_before_anything_is_trained(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(ImportError, match=r"pip install 'polyrank\[privacy\]'"):
+    with pytest.raises(ImportError, match=r"pip install opacus \(the extra 'privacy'\)"):
         started(tmp_path / "run", config, privacy=FORMS["client"])
 
 
