@@ -9,7 +9,7 @@ import pytest
 
 import polyrank
 
-HEAVY = ("datasets", "flwr", "matplotlib", "opacus", "peft", "transformers")
+HEAVY = ("datasets", "flwr", "matplotlib", "opacus", "peft", "torch", "transformers")
 
 
 def by_kind(name: str) -> tuple[int, str]:
@@ -30,7 +30,7 @@ def test_every_exported_name_exists(name: str) -> None:
 def test_nothing_else_is_public() -> None:
     named = {
         name
-        for name, value in vars(polyrank).items()
+        for name, value in {**vars(polyrank), **{name: getattr(polyrank, name) for name in dir(polyrank)}}.items()
         if not name.startswith("_") and (not isinstance(value, ModuleType) or name in polyrank.__all__)
     }
     assert named == {name for name in polyrank.__all__ if not name.startswith("_")}
@@ -40,3 +40,10 @@ def test_importing_polyrank_loads_no_heavy_library() -> None:
     code = f"import json, sys, polyrank; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert json.loads(shown.stdout) == []
+
+
+def test_a_process_that_carries_messages_loads_no_torch() -> None:
+    pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+    code = "import sys, polyrank.deploy.client; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "False"

@@ -1,38 +1,42 @@
 """polyrank: one Hugging Face model, fine-tuned by many clients that cannot afford the same LoRA."""
 
-from polyrank.core.compress import compress
-from polyrank.core.fake import FakeClients
-from polyrank.core.federate import absorb, federate, plan, sample, scored
-from polyrank.core.lowrank import (
-    Adapter,
-    LowRank,
-    delta,
-    fresh,
-    mean,
-    nbytes,
-    norm,
-    overlay,
-    pad,
-    rescale,
-    stack,
-    truncate,
-)
-from polyrank.core.method import Boost, Method
-from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
-from polyrank.core.rng import stream
-from polyrank.core.types import (
-    ClientProfile,
-    Clients,
-    LocalTraining,
-    ModelSpec,
-    Query,
-    RoundRecord,
-    ServerState,
-    TailPenalty,
-    Task,
-    Update,
-)
-from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from polyrank.core.compress import compress
+    from polyrank.core.fake import FakeClients
+    from polyrank.core.federate import absorb, federate, plan, sample, scored
+    from polyrank.core.lowrank import (
+        Adapter,
+        LowRank,
+        delta,
+        fresh,
+        mean,
+        nbytes,
+        norm,
+        overlay,
+        pad,
+        rescale,
+        stack,
+        truncate,
+    )
+    from polyrank.core.method import Boost, Method
+    from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
+    from polyrank.core.rng import stream
+    from polyrank.core.types import (
+        ClientProfile,
+        Clients,
+        LocalTraining,
+        ModelSpec,
+        Query,
+        RoundRecord,
+        ServerState,
+        TailPenalty,
+        Task,
+        Update,
+    )
+    from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
 
 __version__ = "0.1.0"
 
@@ -80,3 +84,72 @@ __all__ = [
     "stream",
     "truncate",
 ]
+
+_HOMES = {
+    "polyrank.core.compress": ("compress",),
+    "polyrank.core.fake": ("FakeClients",),
+    "polyrank.core.federate": (
+        "absorb",
+        "federate",
+        "plan",
+        "sample",
+        "scored",
+    ),
+    "polyrank.core.lowrank": (
+        "Adapter",
+        "LowRank",
+        "delta",
+        "fresh",
+        "mean",
+        "nbytes",
+        "norm",
+        "overlay",
+        "pad",
+        "rescale",
+        "stack",
+        "truncate",
+    ),
+    "polyrank.core.method": (
+        "Boost",
+        "Method",
+    ),
+    "polyrank.core.privacy": (
+        "ClientPrivacy",
+        "ExamplePrivacy",
+        "Privacy",
+    ),
+    "polyrank.core.rng": ("stream",),
+    "polyrank.core.types": (
+        "ClientProfile",
+        "Clients",
+        "LocalTraining",
+        "ModelSpec",
+        "Query",
+        "RoundRecord",
+        "ServerState",
+        "TailPenalty",
+        "Task",
+        "Update",
+    ),
+    "polyrank.methods": (
+        "AGGREGATORS",
+        "ALLOCATORS",
+        "DISPATCHERS",
+        "ESTIMATORS",
+        "METHODS",
+        "SCHEDULES",
+        "SCORERS",
+    ),
+}
+
+
+def __getattr__(name: str) -> typing.Any:
+    """A public name, imported when it is first asked for: a client's process that only carries bytes needs no torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

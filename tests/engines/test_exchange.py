@@ -15,8 +15,9 @@ from polyrank.core.lowrank import Adapter
 from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec, Query, ServerState, Task, Update
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import Encoding
-from polyrank.engines.exchange import Kind, Remote, Reply, Terms, TooFewError
+from polyrank.engines.exchange import Remote, Terms, TooFewError
 from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.post import Kind, Reply
 from polyrank.engines.wire import decode_task, digest, encode_update, opened
 from polyrank.methods import METHODS
 

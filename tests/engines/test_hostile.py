@@ -37,7 +37,7 @@ from polyrank.core.types import (
 )
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import CODECS, Encoding
-from polyrank.engines.exchange import Kind, Remote, Reply, Terms
+from polyrank.engines.exchange import Remote, Terms
 from polyrank.engines.letters import (
     ask_profile,
     ask_scores,
@@ -47,6 +47,7 @@ from polyrank.engines.letters import (
     encode_profile,
     encode_scores,
 )
+from polyrank.engines.post import Kind, Reply
 from polyrank.engines.wire import (
     Sent,
     WireError,

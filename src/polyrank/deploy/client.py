@@ -10,8 +10,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from polyrank.deploy.keeper import ask
-from polyrank.engines.exchange import Kind
 from polyrank.engines.flower import answer, blob_of
+from polyrank.engines.post import Kind
 
 app = ClientApp()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from polyrank.engines.exchange import Kind
+    from polyrank.engines.post import Kind
 
 _HEAD = struct.Struct(">BQ")
 _KINDS: tuple[Kind, ...] = ("profile", "fit", "measure")

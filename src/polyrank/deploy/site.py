@@ -22,8 +22,8 @@ from polyrank.core.privacy import Privacy
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile
 from polyrank.data import Source
-from polyrank.engines.exchange import Kind
 from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.post import Kind
 from polyrank.engines.wire import LISTING, WireError, decode_task, digest, encode_update, opened
 from polyrank.errors import InputError
 from polyrank.experiment.components import Strict, entry_model, parameters, union_of

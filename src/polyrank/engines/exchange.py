@@ -10,18 +10,16 @@ import hmac
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from polyrank.core.types import Client, ClientProfile, Query, RoundRecord, ServerState, Task, Update
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import Encoding
 from polyrank.engines.letters import ask_profile, ask_scores, decode_profile, decode_scores
+from polyrank.engines.post import Post, Reply
 from polyrank.engines.wire import Sent, WireError, decode_update, digest, encode_task
-
-Kind = Literal["profile", "fit", "measure"]
-
 
 _PATIENCE = 60.0
 """Seconds for which a newcomer is waited for, and after which one that failed is asked again."""
@@ -29,30 +27,6 @@ _PATIENCE = 60.0
 
 class TooFewError(RuntimeError):
     """Not enough clients are there, or have answered; the run can be resumed."""
-
-
-class Reply(NamedTuple):
-    """What came for a message: bytes, or why there are none."""
-
-    message: str
-    blob: bytes | None
-    error: str = ""
-
-
-class Post(Protocol):
-    """A transport."""
-
-    def sites(self) -> Mapping[Client, int]:
-        """Who is connected now: client -> address. A client that comes back may have another address."""
-        ...
-
-    def send(self, kind: Kind, letters: Mapping[Client, bytes], seconds: float) -> dict[str, Client]:
-        """Sends to clients that are connected; message -> client. It and its answer expire after `seconds`."""
-        ...
-
-    def receive(self, messages: Collection[str]) -> Sequence[Reply]:
-        """What has come for these messages since the last time; does not wait."""
-        ...
 
 
 @dataclass(frozen=True)

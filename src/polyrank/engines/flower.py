@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from polyrank.core.types import Client
-from polyrank.engines.exchange import Kind, Reply
+from polyrank.engines.post import Kind, Reply
+
+if TYPE_CHECKING:
+    from polyrank.core.types import Client
 
 TYPES: Mapping[Kind, str] = {"profile": "query.profile", "measure": "query.measure", "fit": "train"}
 """Flower's types of message."""

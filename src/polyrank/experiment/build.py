@@ -19,7 +19,8 @@ from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import Query, ServerState
 from polyrank.engines.audit import Audit
-from polyrank.engines.exchange import Post, Remote, Terms
+from polyrank.engines.exchange import Remote, Terms
+from polyrank.engines.post import Post
 from polyrank.engines.simulator import Simulator
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
