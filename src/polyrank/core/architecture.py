@@ -26,7 +26,8 @@ class Architecture:
         activation: the nonlinearity of the MLP, by Transformers' name.
         attention: ``eager`` keeps heads x tokens^2 probabilities, ``sdpa`` (memory-efficient) does not.
         tokens: positions per example, as the data is prepared.
-        classes: outputs of the head.
+        classes: outputs of the head: classes, or the vocabulary.
+        causal: whether the head predicts the next token at every position.
         weights: bytes per base parameter: 4, or 2 for a bfloat16 base.
         parameters: base parameters, all of them.
         quantization: of the linear layers of the backbone.
@@ -46,6 +47,7 @@ class Architecture:
     weights: int
     parameters: int
     quantization: Quantization | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True)

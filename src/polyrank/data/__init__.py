@@ -5,8 +5,10 @@ To add a data set or a partitioner: one function whose keyword-only parameters a
 """
 
 from polyrank.data.cache import cache_dir
+from polyrank.data.causal import CausalSplit, prepare_causal
 from polyrank.data.digits import digits, public_digits
 from polyrank.data.hub import hub
+from polyrank.data.instructions import instructions
 from polyrank.data.outline import Outline, outline
 from polyrank.data.partition import Partition
 from polyrank.data.partitioners import PARTITIONERS
@@ -22,6 +24,7 @@ DATASETS = {
     "digits": digits,
     "files": files,
     "hub": hub,
+    "instructions": instructions,
     "ledgar": ledgar,
     "sst2": sst2,
 }
@@ -29,6 +32,7 @@ DATASETS = {
 __all__ = [
     "DATASETS",
     "PARTITIONERS",
+    "CausalSplit",
     "DataError",
     "Dataset",
     "ImageSplit",
@@ -40,8 +44,10 @@ __all__ = [
     "files",
     "hold_out",
     "hub",
+    "instructions",
     "limit",
     "outline",
+    "prepare_causal",
     "prepare_images",
     "prepare_text",
     "public_digits",

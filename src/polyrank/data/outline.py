@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet
 
 from polyrank.data.formats import kind_of
-from polyrank.data.source import DataError
+from polyrank.data.source import DataError, Kind
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Outline:
     """A data set from afar.
 
     Attributes:
-        kind: ``text`` or ``image``.
+        kind: ``text``, ``image`` or ``causal``.
         classes: how many; None where only the data itself would tell.
         examples: of the training split; None likewise.
     """
 
-    kind: Literal["text", "image"]
+    kind: Kind
     classes: int | None = None
     examples: int | None = None
 
@@ -48,7 +48,9 @@ def outline(name: str, options: Mapping[str, Any]) -> Outline:
     """
     if name in _KNOWN:
         return _KNOWN[name]
-    kind: Literal["text", "image"] = "image" if options.get("image") else "text"
+    if name == "instructions":
+        return Outline("causal", None, _rows(options.get("train")))
+    kind: Kind = "image" if options.get("image") else "text"
     return Outline(kind, _classes(options.get("classes")), _rows(options.get("train")))
 
 

@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,15 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per text, int64 (N,)."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """What is asked of each text: one class, int64 (N,)."""
+        return np.ones(len(self.labels), np.int64)
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (both b x longest, int64; padded on the right) and labels (b)."""
@@ -76,7 +82,12 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """What is asked of each image: one class, int64 (N,)."""
+        return np.ones(len(self.labels), np.int64)
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Patches of 16 x 16 pixels per image, rounded up, int64 (N,): what an image costs in a batch."""
         height, width = self.pixels.shape[2:]
@@ -104,13 +115,13 @@ def prepare_text(
         fingerprint: says all that decides what `encode` returns (tokenizer, its files, largest length).
     """
     path = cache_path(source.inputs, "text", fingerprint, pad_id, suffix=".npz")
-    ready = _read_ids(path, len(source)) if path else None
+    ready = read_arrays_of(path, len(source), "ids", "offsets") if path else None
     if ready is None:
         ready = _tokenise(source.inputs, encode, pad_id)
         if path:
             with replacing(path) as temporary:
                 np.savez(temporary, ids=ready[0], offsets=ready[1])
-    return TextSplit(*ready, source.labels, pad_id)
+    return TextSplit(ready[0], ready[1], source.labels, pad_id)
 
 
 def prepare_images(source: Source, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> ImageSplit:
@@ -146,15 +157,16 @@ def prepare_images(source: Source, size: int, channels: int, mean: Sequence[floa
     return ImageSplit(pixels, source.labels, mean, std)
 
 
-def _read_ids(path: Path, texts: int) -> tuple[np.ndarray, np.ndarray] | None:
+def read_arrays_of(path: Path, texts: int, *names: str) -> tuple[np.ndarray, ...] | None:
+    """Arrays of so many texts that were kept in a file, ``ids`` and ``offsets`` among them; None if it is of no use."""
     if not path.exists():
         return None
     try:
         # Opened here, because numpy leaves its own handle open when a zip turns out to be broken.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            ids, offsets = arrays["ids"], arrays["offsets"]
-        if offsets.shape == (texts + 1,) and offsets[-1] == len(ids):
-            return ids, offsets
+            found = {name: arrays[name] for name in names}
+        if found["offsets"].shape == (texts + 1,) and found["offsets"][-1] == len(found["ids"]):
+            return tuple(found.values())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile):
         pass
     log.warning("%s is damaged; making it again", path)

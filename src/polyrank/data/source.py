@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from polyrank.errors import InputError
+
+if TYPE_CHECKING:
+    from polyrank.data.prompts import Prompting, Turn
+
+Kind = Literal["text", "image", "causal"]
+"""What a model is given and asked: a text's class, an image's class, or a text's next tokens."""
 
 
 class DataError(InputError):
@@ -34,12 +40,12 @@ class Source:
     """One split.
 
     Attributes:
-        inputs: texts, encoded images (JPEG, PNG, ...), or raw images as uint8 (N, H, W, C).
-        labels: class numbers, int64 (N,).
+        inputs: texts, encoded images (JPEG, PNG, ...), raw images as uint8 (N, H, W, C), or instructions.
+        labels: class numbers, int64 (N,); of instructions, a category that no model learns.
         columns: every other column that was asked for, by name, each (N,); for example natural client names.
     """
 
-    inputs: list[str] | list[bytes] | np.ndarray
+    inputs: list[str] | list[bytes] | list[Turn] | np.ndarray
     labels: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -49,26 +55,28 @@ class Source:
     def select(self, indices: np.ndarray) -> Source:
         """The examples at `indices`, in that order."""
         inputs = self.inputs
-        chosen = inputs[indices] if isinstance(inputs, np.ndarray) else [inputs[i] for i in indices.tolist()]
+        chosen: Any = inputs[indices] if isinstance(inputs, np.ndarray) else [inputs[i] for i in indices.tolist()]
         columns = {name: column[indices] for name, column in self.columns.items()}
         return Source(chosen, self.labels[indices], columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification task. `validation` may be empty until `hold_out`; `test` never is.
+    """A task: classes to tell, or texts to go on with. `validation` may be empty until `hold_out`; `test` never is.
 
     Selection (of rounds, of options) reads `validation`; `test` is for reporting. `importance` is what the server keeps
-    of the training data to measure on which layers matter, if anything (`set_apart`).
+    of the training data to measure on which layers matter, if anything (`set_apart`). `prompting` makes texts of
+    instructions.
     """
 
     name: str
-    kind: Literal["text", "image"]
+    kind: Kind
     train: Source
     validation: Source
     test: Source
     classes: tuple[str, ...]
     importance: Source | None = None
+    prompting: Prompting | None = None
 
 
 def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

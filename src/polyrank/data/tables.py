@@ -86,8 +86,8 @@ def wanted_columns(text: str | list[str] | None, image: str | None, label: str, 
 def from_table(table: pa.Table, wanted: Columns, where: str) -> Raw:
     """One split from an Arrow table that has the wanted columns."""
     read = _texts if wanted.kind == "text" else _encoded_images
-    others = {name: _plain(table[name], name, where) for name in wanted.others}
-    labels = _plain(table[wanted.label], wanted.label, where)
+    others = {name: plain_column(table[name], name, where) for name in wanted.others}
+    labels = plain_column(table[wanted.label], wanted.label, where)
     return Raw(where, read(table, wanted.inputs, where), labels, others, _class_names(table.schema, wanted.label))
 
 
@@ -155,7 +155,7 @@ def _encoded_images(table: pa.Table, names: list[str], where: str) -> list[bytes
     return images
 
 
-def _plain(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
+def plain_column(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
     """A column of integers or strings as an array; anything else is refused."""
     if column.null_count:
         row = column.is_null().to_pylist().index(True)

@@ -184,7 +184,7 @@ def _ground(experiment: Experiment) -> _Ground:
     shares = share_data(experiment)
     dataset, device = shares.dataset, pick_device(experiment.device)
     base = load_base(experiment.model, dataset.kind, dataset.classes, device, stream(experiment.seed, "head"))
-    prepare = preparer(experiment.model, dataset.kind)
+    prepare = preparer(experiment.model, dataset.kind, dataset.prompting)
     sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     if dataset.importance is not None:
         sources["importance"] = dataset.importance

@@ -15,7 +15,7 @@ from polyrank.experiment.build import World
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.regimes import EVERYBODY, Models, course
 from polyrank.local.data import Indices
-from polyrank.local.evaluate import Predictions, predictions
+from polyrank.local.evaluate import Predictions, predictions, worth
 
 Metrics = Mapping[str, float]
 
@@ -66,7 +66,7 @@ def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
         if EVERYBODY in found:
             results[regime] = {"test": found[EVERYBODY]}
             continue
-        best = max(found, key=lambda client: found[client]["accuracy"])
+        best = max(found, key=lambda client: worth(found[client]))
         mean = averaged(list(found.values()))["accuracy"]
         results[regime] = {"best": best, "test": found[best], "mean_accuracy": mean, "clients": found}
     return results

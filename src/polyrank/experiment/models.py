@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
-
 import numpy as np
 
-from polyrank.data import ImageSplit, Source, TextSplit, prepare_images, prepare_text
+from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_causal, prepare_images, prepare_text
+from polyrank.data.prompts import Prompting
+from polyrank.data.source import Kind
 from polyrank.experiment.config import ConfigError, ModelConfig
 from polyrank.experiment.planning import BUILT_IN_MODELS
 from polyrank.local import hf
 from polyrank.local.base import Base
 
-Split = TextSplit | ImageSplit
-Kind = Literal["text", "image"]
+Split = TextSplit | ImageSplit | CausalSplit
 
 
 def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: str, rng: np.random.Generator) -> Base:
@@ -35,8 +34,11 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
     )
 
 
-def preparer(config: ModelConfig, kind: Kind) -> Callable[[Source], Split]:
-    """What makes of a split the tensors that the model takes."""
+def preparer(config: ModelConfig, kind: Kind, prompting: Prompting | None = None) -> Callable[[Source], Split]:
+    """What makes of a split the tensors that the model takes; `prompting` makes texts of instructions."""
+    if kind == "causal":
+        causal = hf.causal_processor(_located(config), config.max_length, prompting or Prompting())
+        return lambda source: prepare_causal(source, causal.encode, causal.pad_id, causal.fingerprint)
     if kind == "text":
         text = hf.text_processor(_located(config), config.max_length)
         return lambda source: prepare_text(source, text.encode, text.pad_id, text.fingerprint)

@@ -27,7 +27,7 @@ from polyrank.experiment.setting import setting
 from polyrank.experiment.store import Run
 from polyrank.files import write_json
 from polyrank.local.data import Indices
-from polyrank.local.evaluate import Predictions
+from polyrank.local.evaluate import Predictions, worth
 
 _LIBRARIES = ("torch", "numpy", "transformers", "peft", "safetensors")
 
@@ -78,7 +78,7 @@ class Session:
         own = on_own_data(self.world, models, self.evaluated) if self.evaluated else {}
         record = replace(record, metrics=metrics, client_metrics=own)
         best = self.selected()
-        if best is None or metrics["validation/accuracy"] > best["metrics"]["validation/accuracy"]:
+        if best is None or worth(metrics, "validation/") > worth(best["metrics"], "validation/"):
             write_models(self.run.best, models, self.world.info)
         return record
 
@@ -118,8 +118,9 @@ class Session:
         """What the last models say of the test split; how often they take which class for which is written."""
         found = self._said(models, "test")
         classes = list(self.world.classes)
-        counts = sum((p.confusion(len(classes)) for p in found.values()), np.zeros(len(classes), np.int64))
-        write_json(self.run.confusion_file, {"classes": classes, "counts": counts.tolist()})
+        counts = [c for p in found.values() if (c := p.confusion(len(classes))) is not None]
+        if counts:
+            write_json(self.run.confusion_file, {"classes": classes, "counts": sum(counts[1:], counts[0]).tolist()})
         alone = {client: p.metrics() for client, p in found.items()}
         own = self.records[-1]["client_metrics"] if self.records else {}
         return {
@@ -138,9 +139,9 @@ class Session:
         }
 
     def selected(self) -> Mapping[str, Any] | None:
-        """The record of the round with the best validation accuracy (the first of equals)."""
+        """The record of the round that was best on validation (the first of equals)."""
         measured = [r for r in self.records if "validation/accuracy" in r["metrics"]]
-        return max(measured, key=lambda r: r["metrics"]["validation/accuracy"], default=None)
+        return max(measured, key=lambda r: worth(r["metrics"], "validation/"), default=None)
 
     def _validation_subset(self) -> Indices | None:
         """The same validation examples for every method and round."""

@@ -30,7 +30,8 @@ class Base:
     Attributes:
         spec: what planning knows of the model, for examples of `tokens` positions.
         head: names of the dense parameters that are trained: all outside the backbone, and the `new` ones,
-            which its checkpoint lacked.
+            which its checkpoint lacked; none of a causal language model.
+        causal: whether it predicts next tokens.
         info: what an exported adapter's config says of the model.
         device: where it runs.
         weights: elements of the backbone's linear layers.
@@ -52,7 +53,10 @@ class Base:
         self.device = torch.device(device)
         self.modules = dict(model.named_modules())
         backbone = backbone_of(model)
-        self.head = tuple(n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
+        # What a causal model predicts tokens with is pretrained, as large as the vocabulary, and often the embedding.
+        self.causal = hasattr(model, "generate") and model.can_generate()
+        outside = (n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
+        self.head = () if self.causal else tuple(outside)
         linear = [n for n, m in self.modules.items() if _is_linear(m)]
         linear = [n for n in linear if n.startswith(backbone) and f"{n}.weight" not in self.head]
         self.blocks = blocks = _blocks(model)
@@ -64,10 +68,10 @@ class Base:
             {n: shapes[n] for n in chosen},
             inside,
             head={n: named[n].numel() for n in self.head},
-            architecture=architecture(model, shapes, blocks, tokens),
+            architecture=architecture(model, shapes, blocks, tokens, causal=self.causal),
         )
         conv = any(_transposed(self.modules[n]) for n in chosen)
-        task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
+        task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM" if self.causal else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
         self.weights = sum(d_out * d_in for d_out, d_in in shapes.values())
@@ -101,7 +105,7 @@ class Base:
         ids = torch.from_numpy(rng.integers(1, config.vocab_size, (size, tokens)))
         mask = torch.ones_like(ids)
         mask[1::2, -1] = 0
-        return {"input_ids": ids * mask + (1 - mask) * config.pad_token_id, "attention_mask": mask}
+        return {"input_ids": ids * mask + (1 - mask) * (config.pad_token_id or 0), "attention_mask": mask}
 
     def initial_head(self) -> dict[str, Tensor]:
         """The head as it was loaded or initialised."""

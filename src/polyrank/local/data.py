@@ -21,6 +21,11 @@ class Examples(Protocol):
     @property
     def lengths(self) -> Indices: ...
 
+    @property
+    def targets(self) -> Indices:
+        """What is asked of each example: one class, or so many tokens."""
+        ...
+
     def batch(self, indices: Indices) -> dict[str, Tensor]: ...
 
 

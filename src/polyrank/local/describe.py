@@ -27,7 +27,7 @@ _FAMILIES = {
 
 
 def architecture(
-    model: nn.Module, linears: Mapping[str, tuple[int, int]], blocks: Sequence[str], tokens: int
+    model: nn.Module, linears: Mapping[str, tuple[int, int]], blocks: Sequence[str], tokens: int, *, causal: bool = False
 ) -> Architecture:
     """The model as the cost model sees it.
 
@@ -36,6 +36,7 @@ def architecture(
         linears: every linear layer of its backbone, as (d_out, d_in), in order.
         blocks: names of its transformer blocks.
         tokens: positions per example.
+        causal: whether it predicts the next token at every position.
     """
     config: Any = model.config
     inside = tuple(tuple(name for name in linears if name.startswith(f"{block}.")) for block in blocks)
@@ -58,7 +59,8 @@ def architecture(
         activation=activation,
         attention="eager" if config._attn_implementation == "eager" else "sdpa",
         tokens=tokens,
-        classes=config.num_labels,
+        classes=config.vocab_size if causal else config.num_labels,
+        causal=causal,
         weights=max((p.element_size() for p in parameters if p.is_floating_point()), default=4),
         parameters=sum(p.numel() for p in parameters),
     )

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank
@@ -25,6 +24,7 @@ from polyrank.local.data import Examples, Indices
 from polyrank.local.dp import private_optimizer
 from polyrank.local.heads import owners, stackable
 from polyrank.local.lokr import is_part
+from polyrank.local.losses import losses
 from polyrank.local.optimizer import autocast, optimizer_of
 
 ELEMENTS = 2**26
@@ -176,7 +176,8 @@ class _Trained:
             self.masks.meet([len(chosen)])
         with autocast(self.task.local, self.base.device):
             logits = self.live(batch)
-        F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="sum").backward()
+        each = losses(logits, batch["labels"])
+        (each / torch.from_numpy(data.targets[chosen]).to(each).clamp(min=1)).sum().backward()
         return [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
 
     def adapter(self) -> Adapter:

@@ -16,12 +16,18 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
+from polyrank.data.prompts import CHAT, Prompting, Turn
 from polyrank.errors import InputError
 from polyrank.local.adapters import read_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base, backbone_of
 
-_AUTO = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}
+_AUTO = {
+    "text": "AutoModelForSequenceClassification",
+    "image": "AutoModelForImageClassification",
+    "causal": "AutoModelForCausalLM",
+}
+_WHAT = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
 
 
 class ModelError(InputError):
@@ -64,13 +70,15 @@ def load_base(
     attention: str = "auto",
     tokens: int = 0,
 ) -> Base:
-    """Loads a classifier with a head for `classes`; a head the checkpoint does not have is drawn from `rng`.
+    """Loads a classifier with a head for `classes`, or a causal language model, whose head stays as it is.
+
+    A head that a classifier's checkpoint does not have is drawn from `rng`.
 
     Args:
         name: hub name or folder, as `locate` returns it.
         targets: see `polyrank.local.targets`.
-        kind: ``text`` or ``image``.
-        classes: names of the classes, in order of their labels.
+        kind: ``text``, ``image`` or ``causal``.
+        classes: names of the classes, in order of their labels; of no use to a causal model.
         rng: initialises the head.
         device: where to put the model.
         dtype: of the base: ``float32``, ``bfloat16``, or ``auto`` for the checkpoint's.
@@ -82,21 +90,26 @@ def load_base(
         ModelError: if the model cannot be loaded or is not of this kind.
     """
     labels = dict(enumerate(classes))
+    head = {
+        "num_labels": len(labels),
+        "id2label": labels,
+        "label2id": {text: index for index, text in labels.items()},
+        "ignore_mismatched_sizes": True,
+    }
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         try:
             model, report = getattr(transformers, _AUTO[kind]).from_pretrained(
                 name,
-                num_labels=len(labels),
-                id2label=labels,
-                label2id={text: index for index, text in labels.items()},
-                ignore_mismatched_sizes=True,
+                **({} if kind == "causal" else head),
                 output_loading_info=True,
                 dtype=_dtype(dtype),
                 **_attention(attention),
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model.name: {name!r} cannot be loaded as a {kind} classifier: {error}") from None
+            raise ModelError(f"model.name: {name!r} cannot be loaded as a {_WHAT[kind]}: {error}") from None
+    if kind == "causal" and report["missing_keys"]:
+        raise ModelError(f"model.name: {name!r} lacks {sorted(report['missing_keys'])[0]}: not a causal language model")
     prefix = backbone_of(model)
     misshapen = [entry[0] for entry in report["mismatched_keys"] if entry[0].startswith(prefix)]
     if misshapen:
@@ -139,7 +152,7 @@ def base_from_config(
         warnings.simplefilter("ignore")
         try:
             config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
-            if classes is not None:
+            if classes is not None and kind != "causal":
                 config.num_labels = classes
             config.architectures = config.architectures or []
             with torch.device(device):
@@ -148,7 +161,7 @@ def base_from_config(
                 )
         except (OSError, ValueError, KeyError) as error:
             shown = repr(name) if isinstance(name, str) else name.model_type
-            raise ModelError(f"model.name: {shown} cannot be loaded as a {kind} classifier: {error}") from None
+            raise ModelError(f"model.name: {shown} cannot be loaded as a {_WHAT[kind]}: {error}") from None
     if kind == "image":
         tokens = image_tokens(config, image_size)
     base = Base(_with_padding(model), targets, name=str(name), device=device, tokens=tokens)
@@ -191,6 +204,15 @@ class TextProcessor:
 
 
 @dataclass(frozen=True)
+class CausalProcessor:
+    """A tokenizer, as the preparation of prompts and responses needs it."""
+
+    encode: Callable[[Sequence[Turn]], list[tuple[list[int], int]]]
+    pad_id: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class ImageProcessor:
     """How images become pixel values."""
 
@@ -202,11 +224,7 @@ class ImageProcessor:
 
 def text_processor(name: str, max_length: int) -> TextProcessor:
     """The model's tokenizer, truncating to `max_length` tokens."""
-    with _quiet():
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.name: {name!r} has no tokenizer: {error}") from None
+    tokenizer = _tokenizer(name)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
@@ -215,6 +233,64 @@ def text_processor(name: str, max_length: int) -> TextProcessor:
     probe = encode(["The quick brown fox, 12345. Ärger 東京"])[0]
     fingerprint = f"{name}|{len(tokenizer)}|{max_length}|{probe}"
     return TextProcessor(encode, int(pad or 0), fingerprint)
+
+
+def causal_processor(name: str, max_length: int, prompting: Prompting) -> CausalProcessor:
+    """The model's tokenizer for prompts and responses.
+
+    A response ends with the tokenizer's end of text, if it has one. Which tokens are learnt follows from where they
+    stand in the text: those that reach beyond the prompt. Texts are cut on the right, to `max_length` tokens.
+    """
+    tokenizer = _tokenizer(name)
+    if prompting.template == CHAT and not tokenizer.chat_template:
+        raise ModelError(f"data.template: chat: the tokenizer of {name!r} has no chat template; name another")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def one(turn: Turn) -> tuple[list[int], int]:
+        if prompting.template == CHAT:
+            ids, first = _chat(tokenizer, turn)
+        else:
+            ids, first = _located_response(tokenizer, prompting.prompt(turn), turn.response)
+            ids = [*ids, *end] if turn.response and ids[-1:] != end else ids
+        return ids[:max_length], 0 if prompting.train_on_inputs else min(first, max_length)
+
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    probe = one(Turn("The quick brown fox", "12345. Ärger 東京", "Yes."))
+    return CausalProcessor(
+        lambda turns: [one(turn) for turn in turns], int(pad), f"{name}|{len(tokenizer)}|{max_length}|{prompting}|{probe}"
+    )
+
+
+def _located_response(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
+    """The tokens of a prompt and its response, and the first that reaches into the response."""
+    if not tokenizer.is_fast:  # it cannot say where its tokens stand
+        before = tokenizer(prompt)["input_ids"] if prompt else []
+        return tokenizer(prompt + response)["input_ids"], len(before)
+    found = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
+    ends = [end for _, end in found["offset_mapping"]]
+    reaching = (place for place, end in enumerate(ends) if end > len(prompt))
+    return found["input_ids"], next(reaching, len(ends))
+
+
+def _chat(tokenizer: Any, turn: Turn) -> tuple[list[int], int]:
+    """A turn by the tokenizer's chat template; what the template says before an answer is the prompt."""
+    asked = [{"role": "user", "content": "\n\n".join(part for part in (turn.instruction, turn.input) if part)}]
+    answered = [*asked, {"role": "assistant", "content": turn.response}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    if not whole.startswith(prompt):  # templates may word a finished answer differently; what both share is asked
+        prompt = prompt[: next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))]
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    reaching = (place for place, (_, end) in enumerate(found["offset_mapping"]) if end > len(prompt))
+    return found["input_ids"], next(reaching, len(found["input_ids"]))
+
+
+def _tokenizer(name: str) -> Any:
+    with _quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.name: {name!r} has no tokenizer: {error}") from None
 
 
 def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:

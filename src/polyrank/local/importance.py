@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from polyrank.core.types import Client, Query, ServerState
 from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.data import Examples, Indices, by_length
+from polyrank.local.losses import asked
 
 POSITIONS = 1024
 """Most input positions of a batch."""
@@ -27,7 +29,7 @@ ELEMENTS = 2**26
 """Most elements of a batch's gradients: 256 MiB."""
 
 Sums = dict[str, list[Tensor]]
-Uniforms = Mapping[int, float]
+Uniforms = Mapping[int, npt.NDArray[np.float64]]
 
 
 def measured(
@@ -65,8 +67,8 @@ def importance(
         rng: draws labels from the model's predictions, where the query says so.
     """
     indices = np.sort(indices)
-    # One draw an example, whatever batch it is in.
-    uniforms = dict(zip(indices.tolist(), rng.random(len(indices)).tolist(), strict=True))
+    # Each example has draws of its own, whatever batch it is in.
+    uniforms = {index: rng.random(int(data.targets[index])) for index in indices.tolist()}
     sums = (_gradient if query.kind == "gradient" else _fisher)(base, state, data, indices, query, uniforms)
     scores = dict.fromkeys(base.spec.modules, 0.0)
     return scores | {name: _score([t / len(indices) for t in pair], query) for name, pair in sums.items()}
@@ -109,12 +111,12 @@ def _factors(model: Attachment) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _backward(model: Attachment, data: Examples, chosen: Indices, query: Query, uniforms: Uniforms) -> None:
-    """Gradients of the sum over examples of the label's log-likelihood, or of its logit."""
+    """Gradients of the sum over examples of the log-likelihood of what is asked, or of its logit."""
     batch = data.batch(chosen)
-    logits = model(batch).float()
-    labels = batch["labels"].to(logits.device)
+    logits, labels, _ = asked(model(batch), batch["labels"])
+    logits = logits.float()
     if query.labels == "sampled":
-        labels = _sampled(logits.detach(), torch.tensor([uniforms[i] for i in chosen.tolist()], dtype=torch.float64))
+        labels = _sampled(logits.detach(), torch.from_numpy(np.concatenate([uniforms[i] for i in chosen.tolist()])))
     values = logits.log_softmax(-1) if query.target == "log_likelihood" else logits
     values.gather(-1, labels[:, None]).sum().backward()
 

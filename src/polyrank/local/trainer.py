@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polyrank.core.clipping import privately
@@ -23,6 +22,7 @@ from polyrank.local.base import Base
 from polyrank.local.cohort import Cohort, Job
 from polyrank.local.data import Examples, Indices, shuffled
 from polyrank.local.dpsgd import poisson, train_privately
+from polyrank.local.losses import losses
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
 from polyrank.local.prefix import Prefix, resumed
@@ -82,7 +82,7 @@ def train_together(
     """
     if jobs[0].task.privacy.examples is not None:
         return [_train_privately(base, job, data) for job in jobs]
-    losses: list[list[float]] = [[] for _ in jobs]
+    told: list[list[float]] = [[] for _ in jobs]
     cohort = Cohort(base, jobs)
     with cohort.attached() as model:
         optimizer = cohort.optimizer()
@@ -94,14 +94,14 @@ def train_together(
                 cohort.keep(active)
             with alone.forward() if alone else nullcontext():
                 found = _backward(cohort, data, step, prefixes)
-            for own, loss, job in zip(losses, found, jobs, strict=False):
+            for own, loss, job in zip(told, found, jobs, strict=False):
                 own.append(loss)
                 if not math.isfinite(loss):
                     raise _diverged(job, f"loss is {loss} in step {len(own)}")
             cohort.clip()
             cohort.step(optimizer)
     memory = alone.peak(optimizer) if alone else None
-    return [_update(cohort, client, own, memory) for client, own in enumerate(losses)]
+    return [_update(cohort, client, own, memory) for client, own in enumerate(told)]
 
 
 def _train_privately(base: Base, job: Job, data: Examples) -> Update:
@@ -167,14 +167,14 @@ def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Pref
     batches = [job.steps[step] for job in jobs]
     total = torch.zeros(len(jobs))
     for at in range(max(map(len, batches))):
-        parts, weights = _side_by_side(batches, at)
+        parts, weights = _side_by_side(batches, at, data.targets)
         batch = data.batch(np.concatenate(parts))
         cohort.meet([len(own[at]) if at < len(own) else 0 for own in batches], batch)
         going_on = resumed(list(zip(prefixes, parts, strict=False))) if prefixes else nullcontext()
         with autocast(jobs[0].task.local, cohort.base.device), going_on:
             logits = cohort.live(batch)
-        each = F.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
-        loss = (each * weights.to(logits.device)).view(len(jobs), -1).sum(1)
+        each = losses(logits, batch["labels"])
+        loss = (each * weights.to(each.device)).view(len(jobs), -1).sum(1)
         total += loss.detach().cpu()
         loss.sum().backward()
     penalised = [c for c, job in enumerate(jobs) if job.task.penalty is not None and job.task.adapter.layers]
@@ -184,8 +184,10 @@ def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Pref
     return total.tolist()
 
 
-def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[list[Indices], Tensor]:
+def _side_by_side(batches: Sequence[list[Indices]], at: int, targets: Indices) -> tuple[list[Indices], Tensor]:
     """Batch `at` of every client's step, as parts of equal length, and each row's weight in its client's mean.
+
+    The mean is over what is asked in the whole step: over its examples, or over the tokens of all of them.
 
     A part that is too short, or a client without such a batch, is filled up with an example of the client's own that
     has no weight.
@@ -193,10 +195,10 @@ def _side_by_side(batches: Sequence[list[Indices]], at: int) -> tuple[list[Indic
     parts = [own[at] if at < len(own) else own[0][:0] for own in batches]
     longest = max(map(len, parts))
     fill = [np.repeat(own[0][:1], longest - len(part)) for part, own in zip(parts, batches, strict=True)]
-    counts = [sum(map(len, own)) for own in batches]
+    counts = [int(sum(targets[part].sum() for part in own)) for own in batches]
     weights = torch.zeros(len(parts), longest)
     for row, part, count in zip(weights, parts, counts, strict=True):
-        row[: len(part)] = 1.0 / count
+        row[: len(part)] = 1.0 / max(count, 1)
     return [np.concatenate(pair) for pair in zip(parts, fill, strict=True)], weights.view(-1)
 
 

@@ -1,0 +1,104 @@
+"""Texts for a causal language model, made ready once: token ids, and from which on the next one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from polyrank.data.cache import cache_path, log, replacing
+from polyrank.data.prepare import read_arrays_of
+from polyrank.data.prompts import Turn
+from polyrank.data.source import Source
+
+IGNORED = -100
+"""The label of a token that nothing is asked of."""
+
+_TURNS_AT_ONCE = 1000
+
+Encode = Callable[[Sequence[Turn]], list[tuple[list[int], int]]]
+"""Turns to their token ids, and the position of the first token that is learnt."""
+
+
+@dataclass(frozen=True, eq=False)
+class CausalSplit:
+    """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``, learnt from its token ``starts[i]`` on.
+
+    Attributes:
+        ids: all token ids, int32.
+        offsets: int64 (N + 1,).
+        starts: int64 (N,).
+        labels: each text's category, which no model learns, int64 (N,).
+        pad_id: the token that fills up a batch.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens per text, int64 (N,)."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Tokens of each text that are asked for, int64 (N,): those from `starts` on, but never the first of all."""
+        return np.maximum(self.lengths - np.maximum(self.starts, 1), 0)
+
+    def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask and labels (all b x longest, int64; padded on the right)."""
+        lengths = self.lengths[indices]
+        position = np.arange(lengths.max())
+        mask = position < lengths[:, None]
+        where = np.minimum(self.offsets[indices][:, None] + position, len(self.ids) - 1)
+        ids = np.where(mask, self.ids[where], self.pad_id).astype(np.int64)
+        learnt = mask & (position >= self.starts[indices][:, None])
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "labels": torch.from_numpy(np.where(learnt, ids, IGNORED)),
+        }
+
+
+def prepare_causal(source: Source, encode: Encode, pad_id: int, fingerprint: str) -> CausalSplit:
+    """Tokenises a split once; the next call with the same turns and fingerprint reads the result from disk.
+
+    What nothing can be learnt from, because a response is empty or was cut off, is counted in a warning.
+
+    Args:
+        source: turns.
+        encode: turns to token ids and the position of the first that is learnt, cut as the model needs.
+        pad_id: the padding token.
+        fingerprint: says all that decides what `encode` returns.
+    """
+    turns: list[Turn] = source.inputs  # type: ignore[assignment]
+    path = cache_path([part for turn in turns for part in turn], "causal", fingerprint, pad_id, suffix=".npz")
+    ready = read_arrays_of(path, len(source), "ids", "offsets", "starts") if path else None
+    if ready is None:
+        ready = _tokenise(turns, encode, pad_id)
+        if path:
+            with replacing(path) as temporary:
+                np.savez(temporary, ids=ready[0], offsets=ready[1], starts=ready[2])
+    split = CausalSplit(ready[0], ready[1], ready[2], source.labels, pad_id)
+    if nothing := int((split.targets == 0).sum()):
+        log.warning("%d of %d texts teach nothing: their response is empty, or cut off", nothing, len(split))
+    return split
+
+
+def _tokenise(turns: Sequence[Turn], encode: Encode, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pieces, lengths, starts = [np.empty(0, np.int32)], [0], []
+    for at in range(0, len(turns), _TURNS_AT_ONCE):
+        for ids, first in encode(turns[at : at + _TURNS_AT_ONCE]):
+            pieces.append(np.array(ids or [pad_id], np.int32))
+            lengths.append(len(pieces[-1]))
+            starts.append(first)
+    return np.concatenate(pieces), np.cumsum(lengths).astype(np.int64), np.array(starts, np.int64)
