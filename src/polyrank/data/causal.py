@@ -25,7 +25,7 @@ Encode = Callable[[Sequence[Turn]], list[tuple[list[int], int]]]
 
 @dataclass(frozen=True, eq=False)
 class CausalSplit:
-    """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``, learnt from its token ``starts[i]`` on.
+    """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``, learnt from token ``starts[i]`` on.
 
     Attributes:
         ids: all token ids, int32.

@@ -12,6 +12,7 @@ from polyrank.data.prompts import Prompting, Turn, check_template
 from polyrank.data.source import DataError, Dataset, Source
 from polyrank.data.tables import plain_column
 
+
 def instructions(
     *,
     train: Path,
@@ -19,7 +20,7 @@ def instructions(
     validation: Path | None = None,
     response: str = "output",
     instruction: str | None = "instruction",
-    input: str | None = None,  # noqa: A002 - the field's name for it
+    input: str | None = None,
     label: str | None = None,
     columns: list[str] | None = None,
     template: str = "alpaca",

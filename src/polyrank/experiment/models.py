@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_causal, prepare_images, prepare_text

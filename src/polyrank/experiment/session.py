@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 
 from polyrank import __version__

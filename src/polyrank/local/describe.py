@@ -27,7 +27,12 @@ _FAMILIES = {
 
 
 def architecture(
-    model: nn.Module, linears: Mapping[str, tuple[int, int]], blocks: Sequence[str], tokens: int, *, causal: bool = False
+    model: nn.Module,
+    linears: Mapping[str, tuple[int, int]],
+    blocks: Sequence[str],
+    tokens: int,
+    *,
+    causal: bool = False,
 ) -> Architecture:
     """The model as the cost model sees it.
 

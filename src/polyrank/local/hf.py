@@ -257,7 +257,9 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     probe = one(Turn("The quick brown fox", "12345. Ärger 東京", "Yes."))
     return CausalProcessor(
-        lambda turns: [one(turn) for turn in turns], int(pad), f"{name}|{len(tokenizer)}|{max_length}|{prompting}|{probe}"
+        lambda turns: [one(turn) for turn in turns],
+        int(pad),
+        f"{name}|{len(tokenizer)}|{max_length}|{prompting}|{probe}",
     )
 
 

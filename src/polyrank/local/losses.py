@@ -13,7 +13,6 @@ from torch import Tensor
 from polyrank.data.causal import IGNORED
 
 
-
 def asked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The logits of what is asked, n x classes, in the order of examples and positions; the n labels; and where.
 
