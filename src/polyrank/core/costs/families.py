@@ -92,7 +92,23 @@ FAMILIES: dict[str, Callable[[Tape, Architecture], Value]] = {
 
 def _every_position(tape: Tape, x: Value) -> Value:
     """A decoder's classifier scores every position and keeps the last one's, by two index vectors."""
+    if tape.model.causal:
+        return _next_tokens(tape, x)
     return _head(tape, x, [Value(tape.step.batch, 8), Value(tape.step.batch, 8)])
+
+
+def _next_tokens(tape: Tape, x: Value) -> Value:
+    """A frozen output layer, and the cross-entropy of every token but the first, picked out by a mask of positions."""
+    model, batch = tape.model, tape.step.batch
+    asked = batch * (model.tokens - 1)
+    where = Value(asked, 1)
+    if tape.step.autocast and x.itemsize != 2:
+        x = tape.op([x], x.numel, itemsize=2)
+    kept = tape.cast(model.classes * model.hidden) * x.grad
+    logits = tape.op([x], batch * model.tokens * model.classes, kept, itemsize=tape.work)
+    chosen = tape.op([logits], asked * model.classes, [where], itemsize=4)
+    told = tape.op([chosen], asked, [chosen, Value(asked, 8), Value(1)])
+    return tape.op([told], batch, [where, Value(batch)])
 
 
 def _head(tape: Tape, x: Value, indices: Sequence[Value] = ()) -> Value:
