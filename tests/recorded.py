@@ -84,7 +84,9 @@ def write_run(
         ranks = {c: _ranks(rng, c, members, names, method, t) for c in asked}
         accuracy = top * (1 - np.exp(-(t + 1) / max(rounds / 4, 1))) + 0.005 * rng.normal()
         dropped = asked[:1] if trouble and t == 1 else []
-        refused = {asked[1]: "its change is 40 times the cohort's median"} if trouble and t == 2 and len(asked) > 1 else {}
+        refused = (
+            {asked[1]: "its change is 40 times the cohort's median"} if trouble and t == 2 and len(asked) > 1 else {}
+        )
         sent = [c for c in asked if c not in dropped]
         own = {c: {"accuracy": float(np.clip(accuracy + 0.08 * rng.normal(), 0, 1)), "loss": 1.0} for c in people[:60]}
         lines.append(
@@ -144,7 +146,9 @@ def _finish(folder: Path, method: str, seed: int, rounds: int, top: float, lines
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     counts = np.full((4, 4), 2) + np.diag([18 + seed, 20, 15, 19])
-    (folder / "confusion.json").write_text(json.dumps({"classes": [str(i) for i in range(4)], "counts": counts.tolist()}))
+    (folder / "confusion.json").write_text(
+        json.dumps({"classes": [str(i) for i in range(4)], "counts": counts.tolist()})
+    )
 
 
 METHODS = ("single", "hralora", "hetlora", "fedit", "local", "zero_shot")

@@ -37,7 +37,6 @@ def answers(gathered: Gathered, table: Table) -> Answers:
         return _unfinished(gathered)
     best, others = rows[0], rows[1:]
     facts = (
-        _accuracy(best),
         *_margin(best, others),
         *_between(table, best),
         *_cost(best, others),
@@ -46,7 +45,11 @@ def answers(gathered: Gathered, table: Table) -> Answers:
     if not others:
         return Answers(f"{best.label} reached {percent(best.values['final'])}", _single(gathered, best), facts)
     settled = _word(best, others[0]) == "more"
-    title = f"{best.label} leads with {percent(best.values['final'])}" if settled else f"{best.label} leads, but not clearly"
+    title = (
+        f"{best.label} leads with {percent(best.values['final'])}"
+        if settled
+        else f"{best.label} leads, but not clearly"
+    )
     return Answers(title, _compared(gathered, best, others[0]), facts)
 
 
@@ -55,14 +58,6 @@ def _word(best: Row, other: Row) -> str:
     if len(best.values["final"].single) < 2 or len(other.values["final"].single) < 2:
         return "unknown"
     return beats(best.values["final"], other.values["final"])
-
-
-def _accuracy(best: Row) -> Fact:
-    seeds = len(best.values["final"].single)
-    says = f"{best.label}: test accuracy after the last round, {seeds} seed{'s' if seeds > 1 else ''}."
-    if best.values.get("selected"):
-        says += f" The round that validation selects: {percent(best.values['selected'])}."
-    return Fact("Accuracy", percent(best.values["final"]), says)
 
 
 def _margin(best: Row, others: Sequence[Row]) -> Iterator[Fact]:
@@ -88,7 +83,7 @@ def _between(table: Table, best: Row) -> Iterator[Fact]:
     if floor and ceiling and ceiling.mean > floor.mean:
         way = (here.mean - floor.mean) / (ceiling.mean - floor.mean)
         says = f"Of the way from every client alone ({percent(floor)}) to training on pooled data ({percent(ceiling)})."
-        yield Fact("Against the baselines", f"{way:.0%}", says, not 0 <= way <= 1)
+        yield Fact("Against the baselines", f"{100 * way:.0f} %", says, not 0 <= way <= 1)
     elif floor or ceiling or start:
         name, base = next((n, v) for n, v in (("local", floor), ("single", ceiling), ("zero_shot", start)) if v)
         names = {"local": "every client alone", "single": "training on pooled data", "zero_shot": "the model untrained"}
@@ -112,7 +107,9 @@ def _cost(best: Row, others: Sequence[Row]) -> Iterator[Fact]:
         if (value := best.values.get(key)) and (text := f"{span(value.mean)} {name}")
     ]
     says = f"Sent and received by all clients, a run; {', '.join(each)}." if each else "Sent and received, a run."
-    cheaper = [(b, row) for row in others if (b := _bytes(row)) is not None and b < cost and _word(best, row) == "alike"]
+    cheaper = [
+        (b, row) for row in others if (b := _bytes(row)) is not None and b < cost and _word(best, row) == "alike"
+    ]
     if cheaper:
         least, row = min(cheaper, key=lambda pair: pair[0])
         says += f" {row.label}, alike within the spread, takes {size(least)}."
@@ -128,7 +125,7 @@ def _trust(gathered: Gathered, rows: Sequence[Row]) -> Fact:
     seeds = min(len(row.values["final"].single) for row in rows)
     unfinished = sum(run.summary is None for run in gathered.runs)
     value = f"{seeds} seed{'s' if seeds > 1 else ''}" + (" each" if len(rows) > 1 else "")
-    says = "Final-round figures; nothing is selected on test data."
+    says = "Test accuracy after the last round; nothing is selected on test data."
     if seeds < 2:
         says += " One seed has no spread: repeat it before you believe a difference."
     if unfinished:
@@ -183,5 +180,3 @@ def _unfinished(gathered: Gathered) -> Answers:
         says = f"Validation accuracy of {label} after round {number}, the highest so far."
         facts.append(Fact("So far", f"{100 * value:.2f} %", says))
     return Answers("No run has finished yet", _where(gathered), tuple(facts))
-
-

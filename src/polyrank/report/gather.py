@@ -334,7 +334,8 @@ def _unlike(entries: Sequence[Entry]) -> Iterator[str]:
     for run in runs:
         own = flatten(run.experiment)
         for key, seen in values.items():
-            seen.add(json.dumps(own.get(key), default=str))
+            if key != "rounds" or run.method != "zero_shot":
+                seen.add(json.dumps(own.get(key), default=str))
     for key, seen in values.items():
         if len(seen) > 1 and key not in stated and not _machine(key) and key.split(".")[0] not in ("method", "regime"):
             shown = ", ".join(sorted(seen)[:4]) + (", ..." if len(seen) > 4 else "")

@@ -90,7 +90,9 @@ def peak_memory(entry: Entry) -> Value | None:
     measured = [run.measured_memory for run in entry.finished]
     if measured and None not in measured:
         return over_seeds(measured)
-    return over_seeds((max((r.memory for r in run.rounds if r.memory), default=None) for run in entry.finished), "predicted")
+    return over_seeds(
+        (max((r.memory for r in run.rounds if r.memory), default=None) for run in entry.finished), "predicted"
+    )
 
 
 def clients(run: Recorded) -> dict[str, float]:

@@ -61,7 +61,9 @@ def drawn(chart: Chart) -> Iterator[tuple[str, bytes]]:
     """
     if isinstance(chart, Heat) and len(chart.panels) > 1:
         for number, panel in enumerate(chart.panels, 1):
-            yield from _files(f"{chart.key}-{number:02d}", lambda figure, panel=panel: _map(figure, chart, panel), chart)
+            yield from _files(
+                f"{chart.key}-{number:02d}", lambda figure, panel=panel: _map(figure, chart, panel), chart
+            )
     else:
         yield from _files(chart.key, lambda figure: _draw(figure, chart), chart)
 
@@ -77,9 +79,11 @@ def _files(name: str, draw: Callable[[Any], None], chart: Chart) -> Iterator[tup
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it stays as it was laid out, in every format
         for form in FORMATS:
             file = io.BytesIO()
-            figure.savefig(file, format=form, dpi=200, metadata=_METADATA[form])
+            figure.savefig(file, format=form, dpi=170, metadata=_METADATA[form])
             yield f"{name}.{form}", file.getvalue()
 
 
@@ -96,7 +100,9 @@ def _draw(figure, chart: Chart) -> None:
         if isinstance(chart, Points):
             _points(axes, chart)
         for level in chart.levels:
-            axes.axhline(level.y, color=level.style.color, linestyle=_DASHES[level.style.dash], label=_plain(level.label))
+            axes.axhline(
+                level.y, color=level.style.color, linestyle=_DASHES[level.style.dash], label=_plain(level.label)
+            )
         _legend(figure, axes)
     _labels(axes, chart.x, chart.y)
 
@@ -119,9 +125,10 @@ def _line(axes, line: Line) -> None:
 
 
 def _points(axes, chart: Points) -> None:
-    if len(chart.front) > 1:
+    if chart.front:
         x, y = zip(*chart.front, strict=True)
-        axes.step(x, y, where="post", color=NEUTRAL, linewidth=1.2, label="Pareto front")
+        axes.step(x, y, where="post", color=NEUTRAL, linewidth=1.2, label="beaten by none")
+        axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=NEUTRAL, markeredgewidth=1)
     seen: set[str] = set()
     for point in chart.points:
         label = None if point.label in seen else _plain(point.label)
@@ -172,7 +179,9 @@ def _map(figure, chart: Heat, panel: Panel) -> None:
         )
         axes.grid(visible=False)
         if panel.row_starts:
-            axes.set_yticks([p - 0.5 for p, _ in panel.row_starts], [_plain(n) for _, n in panel.row_starts], fontsize=7, va="top")
+            axes.set_yticks(
+                [p - 0.5 for p, _ in panel.row_starts], [_plain(n) for _, n in panel.row_starts], fontsize=7, va="top"
+            )
         else:
             _names(axes.set_yticks, panel.rows)
         if panel.starts:
@@ -255,4 +264,3 @@ def _plain(text: str) -> str:
 def all_files(charts: Iterable[Chart]) -> dict[str, bytes]:
     """File name -> bytes of every chart in every format."""
     return {name: data for chart in charts for name, data in drawn(chart)}
-

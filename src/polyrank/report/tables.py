@@ -49,16 +49,26 @@ class Table:
 
 COLUMNS = (
     Column("final", "accuracy, final", "Test accuracy after the last round.", "percent", "high"),
-    Column("selected", "accuracy, selected", "Test accuracy of the round that was best on validation.", "percent", "high"),
+    Column(
+        "selected", "accuracy, selected", "Test accuracy of the round that was best on validation.", "percent", "high"
+    ),
     Column("f1", "macro F1", "Mean F1 score over classes on the test split, final round.", "percent", "high"),
     Column("mcc", "MCC", "Matthews correlation on the test split, final round.", "score", "high"),
     Column("up", "sent up", "Bytes from clients to the server over all rounds.", "bytes", "low"),
     Column("down", "sent down", "Bytes from the server to clients over all rounds.", "bytes", "low"),
-    Column("simulated", "simulated time", "Transfer and compute as the fleet's links and speeds have it.", "seconds", "low"),
+    Column(
+        "simulated", "simulated time", "Transfer and compute as the fleet's links and speeds have it.", "seconds", "low"
+    ),
     Column("wall", "wall time", "Time spent in rounds on the machine that ran them.", "seconds", "low"),
     Column("largest", "trained, largest", "Trained parameters of the largest client in a round.", "count", "low"),
     Column("average", "trained, mean", "Trained parameters of a client in a round, on average.", "count", "low"),
-    Column("memory", "peak memory", "Largest peak of a client: measured, or predicted by the cost model (p).", "memory", "low"),
+    Column(
+        "memory",
+        "peak memory",
+        "Largest peak of a client: measured, or predicted by the cost model (p).",
+        "memory",
+        "low",
+    ),
     Column("worst", "worst client", "Accuracy of the worst client on its own held-out data.", "percent", "high"),
     Column("uneven", "client spread", "Standard deviation of accuracy over clients.", "percent", "low"),
 )
@@ -242,7 +252,9 @@ def as_csv(table: Table) -> str:
         cells: list[str] = []
         for column in table.columns:
             value = row.values.get(column.key)
-            cells += ["", ""] if value is None else [repr(value.mean), "" if value.spread is None else repr(value.spread)]
+            cells += (
+                ["", ""] if value is None else [repr(value.mean), "" if value.spread is None else repr(value.spread)]
+            )
         memory = row.values.get("memory")
         writer.writerow([row.method, row.setting, row.seeds, *cells, memory and (memory.note or "measured")])
     return text.getvalue()
@@ -257,7 +269,13 @@ def _cells(table: Table, row: Row) -> list[str]:
     ]
 
 
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "·": r"$\cdot$"}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "·": r"$\cdot$",
+}
 _LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
 

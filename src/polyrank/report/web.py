@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from polyrank.report.charts.shapes import Axis, Chart, Dots, Heat, Line, Lines, Panel, Point, Points
+from polyrank.report.charts.shapes import Axis, Chart, Dot, Dots, Heat, Line, Lines, Panel, Point, Points
 from polyrank.report.styles import NEUTRAL, Style
 
 ALPHABET = "".join(chr(code) for code in range(35, 127) if chr(code) not in "\\\"<>&'")
@@ -32,7 +32,7 @@ def spec(chart: Chart) -> dict[str, Any]:
     if isinstance(chart, Points):
         across = _span([0.0, *(1.04 * p.x for p in chart.points)])
         traces = [_level(level, across, chart.y) for level in chart.levels]
-        traces += [_front(chart.front)] if len(chart.front) > 1 else []
+        traces += [_front(chart.front)] if chart.front else []
         traces += [_point(point, chart.x, chart.y) for point in chart.points]
         return {**common, "kind": "plane", "traces": traces, "zero": True}
     if isinstance(chart, Dots):
@@ -112,6 +112,13 @@ def _point(point: Point, x: Axis, y: Axis) -> dict[str, Any]:
         **{"meta": point.label, "name": escape(point.label, quote=False), "marker": _marker(point.style, 12)},
         "hovertemplate": _hover(f"{point.label}: {point.text}" if point.text else point.label, x, y),
     }
+    if point.text:
+        made |= {
+            "mode": "markers+text",
+            "text": [escape(point.text.split(":")[0], quote=False)],
+            "textposition": "top center",
+            "cliponaxis": False,
+        }
     for axis, spread in (("error_x", point.x_spread), ("error_y", point.y_spread)):
         if spread:
             made[axis] = {"array": [short(spread)], "color": point.style.color, "thickness": 1.4, "width": 4}
@@ -132,7 +139,12 @@ def _dot(dot: Dot, place: int, x: Axis) -> list[dict[str, Any]]:
     marker = {"color": dot.style.color, "size": 6, "opacity": 0.45}
     seeds = {
         **{"type": "scatter", "mode": "markers", "x": _shorts(dot.single), "y": [place] * len(dot.single)},
-        **{"meta": dot.label, "marker": marker, "showlegend": False, "hovertemplate": f"one seed: {value}<extra></extra>"},
+        **{
+            "meta": dot.label,
+            "marker": marker,
+            "showlegend": False,
+            "hovertemplate": f"one seed: {value}<extra></extra>",
+        },
     }
     return [seeds, mean]
 
@@ -147,9 +159,10 @@ def _level(level: Point, across: tuple[float, float], y: Axis) -> dict[str, Any]
 
 def _front(places: Sequence[tuple[float, float]]) -> dict[str, Any]:
     x, y = zip(*places, strict=True)
+    ring = {"symbol": "circle-open", "size": 21, "color": NEUTRAL, "line": {"width": 1.5}}
     return {
-        **{"type": "scatter", "mode": "lines", "x": _shorts(x), "y": _shorts(y), "hoverinfo": "skip"},
-        **{"name": "Pareto front", "line": {"color": NEUTRAL, "width": 1.5, "shape": "hv"}},
+        **{"type": "scatter", "mode": "lines+markers", "x": _shorts(x), "y": _shorts(y), "hoverinfo": "skip"},
+        **{"marker": ring, "line": {"color": NEUTRAL, "width": 1.5, "shape": "hv"}},
     }
 
 

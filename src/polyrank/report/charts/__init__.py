@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from polyrank.report.charts.curves import over_costs, over_rounds
 from polyrank.report.charts.layers import attendance, budgets, importance, rank_maps
 from polyrank.report.charts.outcomes import confusion, fairness, front, ranking
-from polyrank.report.charts.shapes import Chart
+from polyrank.report.charts.shapes import Chart, Heat
 from polyrank.report.gather import Gathered
 from polyrank.report.tables import Table
 
@@ -71,7 +71,10 @@ def sections(gathered: Gathered, table: Table) -> tuple[tuple[Section, ...], tup
     by_key = {chart.key: chart for chart in made}
     found = []
     for key, (title, keys) in _SECTIONS.items():
-        if charts := tuple(by_key[k] for k in keys if k in by_key):
-            found.append(Section(key, title, charts))
-    missing = tuple((key.replace("_", " "), why) for key, why in _NEEDS.items() if key not in by_key and key != "ranking")
+        own = [by_key[k] for k in keys if k in by_key]
+        if own:
+            found.append(Section(key, title, tuple(sorted(own, key=lambda chart: isinstance(chart, Heat)))))
+    missing = tuple(
+        (key.replace("_", " "), why) for key, why in _NEEDS.items() if key not in by_key and key != "ranking"
+    )
     return tuple(found), missing

@@ -147,7 +147,9 @@ def over_costs(gathered: Gathered) -> Iterator[Lines]:
         lines = _lines(gathered, read, along, sent=True)
         if not lines:
             continue
-        x, factor = scaled("sent and received" if unit == "bytes" else "simulated time", (l.x[-1] for l in lines), unit)
+        x, factor = scaled(
+            "sent and received" if unit == "bytes" else "simulated time", (line.x[-1] for line in lines), unit
+        )
         moved = tuple(replace(line, x=tuple(value / factor for value in line.x)) for line in lines)
         y = Axis("validation accuracy", "percent")
         yield Lines(f"accuracy_over_{unit}", title, _said(says, lines), x, y, moved)
@@ -155,5 +157,3 @@ def over_costs(gathered: Gathered) -> Iterator[Lines]:
 
 def _said(says: str, lines: Sequence[Line]) -> str:
     return f"{says} {BAND}" if any(line.spread for line in lines) else says
-
-

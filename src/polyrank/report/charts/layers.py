@@ -9,10 +9,12 @@ import numpy as np
 from polyrank.report.charts.curves import looks
 from polyrank.report.charts.shapes import MOST_ROWS, Axis, Frame, Heat, Panel, Point, Points, scaled, thinned
 from polyrank.report.gather import Entry, Gathered, Recorded, Round
+from polyrank.report.styles import NEUTRAL, Style
 
 MOST_FRAMES = 40
 MOST_CELLS = 2_000_000
 _MOST_COLUMNS = 200
+_ALIKE = Style(NEUTRAL, "circle", "solid")
 _STATES = ("not asked", "took part", "did not answer", "refused")
 
 
@@ -114,7 +116,7 @@ def importance(gathered: Gathered) -> Iterator[Heat]:
 def attendance(gathered: Gathered) -> Iterator[Heat]:
     """Who did not answer and whose update was refused, where that happened at all."""
     panels = []
-    for entry in gathered.entries:
+    for entry in (entry for entry in gathered.entries if entry.federated):
         run = entry.example
         trouble: dict[str, int] = {}
         for r in run.rounds:
@@ -150,20 +152,21 @@ def budgets(gathered: Gathered) -> Iterator[Points]:
         ("memory", "memory", "memory", "Budget against memory"),
         ("uplink", "link", "uplink", "Budget against uplink"),
     )
-    styles = looks(gathered)
+    styles, federated = looks(gathered), [entry for entry in gathered.entries if entry.federated]
     for field, unit, words, title in plans:
-        found: dict[tuple, Point] = {}
-        for entry in gathered.entries:
-            for group in (entry.example.facts.get("groups") or []) if entry.federated else []:
-                if group.get(field) is None or group.get("budget") is None:
-                    continue
-                key = (group["name"], group[field], group["budget"])
-                text = f"{group['name']}: {group['clients']} clients, limited by {group.get('limit') or 'nothing'}"
-                found.setdefault(key, Point(entry.label, styles[entry.label], group[field], group["budget"], text=text))
-        if found:
-            x, factor = scaled(words, (point.x for point in found.values()), unit)
-            points = tuple(
-                Point(p.label, p.style, p.x / factor, p.y, text=p.text) for p in found.values()
-            )
-            says = "What each device group may spend, in ranks summed over modules; methods that budget alike coincide."
-            yield Points(f"budget_{field}", title, says, x, Axis("rank budget"), points)
+        found: dict[tuple[str, float, float, str], list[Entry]] = {}
+        for entry in federated:
+            for group in entry.example.facts.get("groups") or []:
+                if group.get(field) is not None and group.get("budget") is not None:
+                    text = f"{group['name']}: {group['clients']} clients, limited by {group.get('limit') or 'nothing'}"
+                    found.setdefault((group["name"], group[field], group["budget"], text), []).append(entry)
+        if not found:
+            continue
+        x, factor = scaled(words, (amount for _, amount, _, _ in found), unit)
+        points = []
+        for (_, amount, budget, text), entries in found.items():
+            label = entries[0].label if len(entries) == 1 else f"{len(entries)} methods"
+            style = styles[entries[0].label] if len(entries) == 1 else _ALIKE
+            points.append(Point(label, style, amount / factor, budget, text=text))
+        says = "What each device group may spend, in ranks summed over modules; grey: several methods budget alike."
+        yield Points(f"budget_{field}", title, says, x, Axis("rank budget"), tuple(points))

@@ -35,13 +35,16 @@ _MOST_CLASSES = 200
 def ranking(gathered: Gathered, table: Table) -> Iterator[Dots]:
     """Final test accuracy, best on top."""
     styles = looks(gathered)
+    rows = [row for row in table.rows if row.values["final"]]
+    others = [row for row in rows if row.method != "zero_shot"]
+    rows = others if len(others) > 1 else rows
     dots = [
         Dot(row.label, styles.get(row.label, style_of(row.method)), value.mean, value.spread or 0.0, value.single)
-        for row in table.rows
+        for row in rows
         if (value := row.values["final"]) is not None
     ]
     if len(dots) > 1:
-        says = "Final test accuracy: the large mark is the mean, its whisker one standard deviation, small dots seeds."
+        says = "Mean over seeds, one standard deviation either way, and the single seeds as small dots."
         yield Dots("ranking", "Final accuracy", says, _ACCURACY, Axis(""), tuple(dots))
 
 
@@ -60,10 +63,10 @@ def front(gathered: Gathered, table: Table) -> Iterator[Points]:
     levels = tuple(
         Point(row.label, style_of(row.method), 0.0, row.values["final"].mean)
         for row in table.rows
-        if row.method in ("single", "local", "zero_shot") and row.values["final"]
+        if row.method in ("single", "local") and row.values["final"]
     )
     says = (
-        "Up and to the left is better. The grey line joins the methods that no other beats in both; "
+        "Up and to the left is better. Rings and the grey line mark the methods that no other beats in both; "
         "horizontal lines are baselines that send nothing."
     )
     title = "Accuracy against communication"

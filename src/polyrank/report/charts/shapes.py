@@ -138,7 +138,9 @@ class Heat(Chart):
     top: float | None = None
 
 
-def scaled(title: str, values: Iterable[float], unit: Literal["bytes", "memory", "seconds", "link"]) -> tuple[Axis, float]:
+def scaled(
+    title: str, values: Iterable[float], unit: Literal["bytes", "memory", "seconds", "link"]
+) -> tuple[Axis, float]:
     """An axis in the largest unit that keeps its largest value above 1, and the number of base units in it."""
     top = max(values, default=0.0)
     steps = {

@@ -42,7 +42,8 @@ def page(gathered: Gathered, table: Table) -> str:
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ImportError(f"a report needs one more package: pip install {error.name} (the extra 'report')") from None
+        missing = (error.name or "plotly").split(".")[0]
+        raise ImportError(f"a report needs one more package: pip install {missing} (the extra 'report')") from None
     environment = Environment(
         loader=PackageLoader("polyrank.report.page", "."),
         autoescape=True,
@@ -123,10 +124,8 @@ def _swatch(style: Style) -> Any:
     dash = f' stroke-dasharray="{_STROKES[style.dash]}"' if style.dash in _STROKES else ""
     line = f'<path d="M1 7h32"{dash} stroke-width="2"/>'
     shape = _SHAPES[style.marker]
-    color = style.color
-    return Markup(
-        f'<svg class="swatch" viewBox="0 0 34 14" aria-hidden="true" fill="{color}" stroke="{color}">{line}{shape}</svg>'
-    )
+    paint = f'fill="{style.color}" stroke="{style.color}"'
+    return Markup(f'<svg class="swatch" viewBox="0 0 34 14" aria-hidden="true" {paint}>{line}{shape}</svg>')
 
 
 def _configuration(gathered: Gathered) -> tuple[str, list[tuple[str, Sequence[tuple[str, str]]]]]:
@@ -149,9 +148,8 @@ def _common(plain: Sequence[Any]) -> dict[str, Any]:
         others = [p.get(key) for p in plain[1:]]
         if all(other == value for other in others):
             found[key] = value
-        elif isinstance(value, dict) and all(isinstance(other, dict) for other in others):
-            if inner := _common([value, *others]):
-                found[key] = inner
+        elif all(isinstance(other, dict) for other in [value, *others]) and (inner := _common([value, *others])):
+            found[key] = inner
     return found
 
 

@@ -37,7 +37,7 @@
     return {
       width, paper_bgcolor: look.paper, plot_bgcolor: look.paper,
       font: {family: getComputedStyle(document.body).fontFamily, color: look.ink, size: 12},
-      margin: {l: 48, r: 14, t: 10, b: 44}, showlegend: false,
+      margin: {l: 48, r: 14, t: 18, b: 44}, showlegend: false,
       hovermode: "closest", dragmode: coarse ? false : "zoom", separators: ".,",
       hoverlabel: {bgcolor: look.blank, bordercolor: look.line, font: {color: look.ink}, align: "left"},
     };
@@ -45,14 +45,11 @@
 
   function plane(spec, el) {
     const look = theme(), layout = base(el), {narrow} = size(el);
-    layout.height = printing ? 330 : narrow ? 290 : 350;
+    layout.height = printing ? 255 : narrow ? 290 : 350;
     layout.xaxis = axis(spec.x, look);
     layout.yaxis = axis(spec.y, look);
     if (spec.zero) layout.xaxis.rangemode = "tozero";
-    if (printing) {
-      layout.showlegend = true;
-      layout.legend = {orientation: "h", y: -0.22, font: {size: 10}};
-    }
+    if (spec.x.kind === "percent") layout.xaxis.range = [0, 1];
     const traces = spec.traces.map(t => ({...t, visible: printing || !hidden.has(t.meta)}));
     return [traces, layout];
   }
@@ -89,10 +86,10 @@
     const z = frame.rows.map(row => spec.codes
       ? Array.from(row, c => { const code = CODE.get(c); return code < 0 ? null : spec.codes[code]; }) : row);
     const rows = panel.rows.length, columns = panel.columns.length, states = spec.categories.length > 0;
-    const tall = Math.max(Math.min(rows * 15, 640), 130);
-    layout.height = tall + 120;
+    const tall = Math.max(Math.min(rows * (rows > 24 ? 15 : 19), 640), 110);
+    layout.height = tall + (states ? 70 : 112);
     layout.plot_bgcolor = look.blank;
-    layout.margin = {l: 30, r: 12, t: states ? 10 : 52, b: 44};
+    layout.margin = {l: 30, r: 12, t: states ? 12 : 54, b: 44};
     layout.xaxis = {
       ...axis(spec.x, look), showgrid: false, nticks: undefined, tickangle: "auto", range: [-0.5, columns - 0.5],
       ...names(panel.columns, panel.starts, Math.floor(width / (panel.starts.length ? 62 : 34)), 14),
@@ -136,7 +133,7 @@
   function draw(el) {
     const spec = specs.get(el.dataset.chart), [traces, layout] = makers[spec.kind](spec, el);
     if (spec.categories && spec.categories.length) { traces[0].zmin = -0.5; traces[0].zmax = 3.5; }
-    return Plotly.react(el, traces, layout, {displaylogo: false, displayModeBar: "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], toImageButtonOptions: {format: "svg", filename: spec.key}});
+    return Plotly.react(el, traces, layout, {displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], toImageButtonOptions: {format: "svg", filename: spec.key}});
   }
 
   const charts = [...document.querySelectorAll(".chart")];
@@ -146,11 +143,12 @@
   charts.map(el => [el, specs.get(el.dataset.chart)]).filter(([, s]) => s.kind === "heat").forEach(([el, spec]) => {
     chosen.set(spec.key, {panel: 0, frame: 0});
     const controls = el.parentElement.querySelector(".controls");
-    const select = controls.querySelector("select"), slider = controls.querySelector("input"), output = controls.querySelector("output");
+    const select = controls.querySelector("select"), slider = controls.querySelector("input"), output = controls.querySelector(".frame-name");
     controls.hidden = !select && !slider;
     const show = () => {
       const at = chosen.get(spec.key), panel = spec.panels[at.panel], last = panel.frames.length - 1;
       at.frame = Math.min(at.frame, last);
+      if (select) controls.querySelector(".chosen").textContent = panel.label;
       if (slider) {
         slider.max = last;
         slider.disabled = last === 0;
