@@ -166,3 +166,20 @@ def write_study(
             cells.append({"run": where, "method": method, "setting": options.get("setting") or {}, "seed": seed})
     (folder / "study.json").write_text(json.dumps({"name": name, "cells": cells}))
     return folder
+
+
+HOSTILE = "</script><script>window.broken=1</script><img src=x onerror=window.broken=2><a href='javascript:1'>$x$</a>"
+
+
+def write_hostile(folder: Path, text: str = HOSTILE) -> Path:
+    """A study in which all that users name is `text`: the study, methods, settings, clients, classes."""
+    study = write_study(folder, ("fedit",), (0, 1), name=text)
+    plain = json.loads((study / "study.json").read_text())
+    for cell in plain["cells"]:
+        cell["method"], cell["setting"] = f"mine {text}", {"x": text}
+    (study / "study.json").write_text(json.dumps(plain))
+    inside = json.dumps(text)[1:-1]
+    for path in (study / "runs").rglob("*.json*"):
+        found = path.read_text().replace("client_0", f"{inside}_").replace('["0"', f'["{inside}"')
+        path.write_text(found.replace("small", inside).replace("vit.", f"{inside}."))
+    return study

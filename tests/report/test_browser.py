@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from polyrank.report.make import make
-from recorded import write_study
+from recorded import write_hostile, write_study
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (the extra 'dev')")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -44,11 +44,11 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, page_file: Path) -> Iterator[Any]:
-    """(width, scheme) -> the page, all drawn; fails at the end if it complained or asked for anything."""
+    """(width, scheme, file) -> the page, all drawn; fails at the end if it complained or asked for anything."""
     complaints: list[str] = []
     contexts = []
 
-    def open_(width: int, scheme: str) -> Any:
+    def open_(width: int, scheme: str, file: Path = page_file) -> Any:
         phone = {"has_touch": True, "is_mobile": True} if width < 500 else {}
         view = {"width": width, "height": 844}
         context = browser.new_context(viewport=view, color_scheme=scheme, offline=True, **phone)
@@ -58,7 +58,7 @@ def opened(browser: Any, page_file: Path) -> Iterator[Any]:
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         own = ("file:", "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(own) else complaints.append(f"request: {r.url}"))
-        page.goto(page_file.as_uri())
+        page.goto(file.as_uri())
         page.wait_for_selector("html[data-ready]", timeout=60_000)
         return page
 
@@ -85,6 +85,14 @@ def test_the_page_stands(opened: Any, shots: Path, width: int, scheme: str) -> N
     buttons = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
     assert bool(buttons) == (width > 500)
     assert not any("cloud" in title.lower() or "plotly" in title.lower() for title in buttons)
+
+
+def test_names_from_files_are_text(opened: Any, tmp_path: Path) -> None:
+    make([write_hostile(tmp_path / "study")], tmp_path / "report.html")
+    page = opened(390, "light", tmp_path / "report.html")
+    assert page.evaluate("window.broken") is None
+    assert page.evaluate("document.querySelectorAll('.chart a, .chart img, .chart script').length") == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_charts_follow_the_scheme(opened: Any) -> None:

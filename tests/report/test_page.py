@@ -15,9 +15,7 @@ from polyrank.cli import app
 from polyrank.report.make import make
 from polyrank.report.page import MARKER
 from polyrank.report.web import embedded
-from recorded import write_run, write_study
-
-HOSTILE = '</script><script>window.broken=1</script><img src=x onerror="window.broken=2">'
+from recorded import HOSTILE, write_hostile, write_run, write_study
 
 
 class Reader(HTMLParser):
@@ -59,17 +57,7 @@ def test_the_page_is_whole(tmp_path: Path) -> None:
 
 
 def test_names_from_files_are_text(tmp_path: Path) -> None:
-    study = write_study(tmp_path / "study", ("fedit",), (0, 1), name=HOSTILE)
-    plain = json.loads((study / "study.json").read_text())
-    for cell in plain["cells"]:
-        cell["method"] = f"mine {HOSTILE}"
-        cell["setting"] = {"x": HOSTILE}
-    (study / "study.json").write_text(json.dumps(plain))
-    for run in (study / "runs/fedit").iterdir():
-        for name in ("setting.json", "rounds.jsonl", "confusion.json"):
-            text = (run / name).read_text()
-            hostile = json.dumps(HOSTILE)[1:-1]
-            (run / name).write_text(text.replace("client_0", f"{hostile}_").replace('["0"', f'["{hostile}"'))
+    study = write_hostile(tmp_path / "study", HOSTILE)
     make([study], tmp_path / "report.html")
     page = Reader((tmp_path / "report.html").read_text())
     assert page.tags.count("script") == 3

@@ -142,7 +142,7 @@ def test_answers_name_the_winner_and_how_sure_it_is(tmp_path: Path) -> None:
     assert "more than the spread" in clear.lead
     assert {f.title: f.careful for f in clear.facts}["Trust"] is False
     one = answered(write_study(tmp_path / "one", ("hralora", "hetlora"), (0,)))
-    assert one.title == "hralora leads, but not clearly"
+    assert one.title == "hralora leads on one seed"
     assert "one seed" in one.lead
     alone = answered(write_run(tmp_path / "alone", "fedit"))
     assert alone.title.startswith("fedit reached")

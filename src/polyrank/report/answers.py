@@ -44,12 +44,8 @@ def answers(gathered: Gathered, table: Table) -> Answers:
     )
     if not others:
         return Answers(f"{best.label} reached {percent(best.values['final'])}", _single(gathered, best), facts)
-    settled = _word(best, others[0]) == "more"
-    title = (
-        f"{best.label} leads with {percent(best.values['final'])}"
-        if settled
-        else f"{best.label} leads, but not clearly"
-    )
+    how = {"more": f"with {percent(best.values['final'])}", "alike": "within the spread", "unknown": "on one seed"}
+    title = f"{best.label} leads {how[_word(best, others[0])]}"
     return Answers(title, _compared(gathered, best, others[0]), facts)
 
 
@@ -139,7 +135,7 @@ def _trust(gathered: Gathered, rows: Sequence[Row]) -> Fact:
 
 def _single(gathered: Gathered, best: Row) -> str:
     run = best.entry.example if best.entry else gathered.runs[0]
-    return f"{_where(gathered)} {len(run.rounds)} rounds." if run.rounds else f"{_where(gathered)} No rounds were run."
+    return _where(gathered, f"{len(run.rounds)} rounds" if run.rounds else "No rounds")
 
 
 def _compared(gathered: Gathered, best: Row, second: Row) -> str:
@@ -153,17 +149,13 @@ def _compared(gathered: Gathered, best: Row, second: Row) -> str:
     return f"{said[0].upper()}{said[1:]} {_where(gathered)}"
 
 
-def _where(gathered: Gathered) -> str:
-    """Data, clients and runs in one sentence."""
+def _where(gathered: Gathered, what: str | None = None) -> str:
+    """Runs, data and clients in one sentence."""
     run = gathered.runs[0]
     data = run.facts.get("data") or (run.experiment.get("data") or {}).get("name")
     clients = run.facts.get("clients") or (run.experiment.get("data") or {}).get("clients")
-    parts = [f"{len(gathered.runs)} run{'s' if len(gathered.runs) > 1 else ''}"]
-    if data:
-        parts.append(f"data {data}")
-    if clients:
-        parts.append(f"{clients:,} clients")
-    return ", ".join(parts).capitalize() + "."
+    said = what or f"{len(gathered.runs)} run{'s' if len(gathered.runs) > 1 else ''}"
+    return said + (f" on {data}" if data else "") + (f", shared by {clients:,} clients." if clients else ".")
 
 
 def _unfinished(gathered: Gathered) -> Answers:

@@ -35,16 +35,19 @@ _MOST_CLASSES = 200
 def ranking(gathered: Gathered, table: Table) -> Iterator[Dots]:
     """Final test accuracy, best on top."""
     styles = looks(gathered)
-    rows = [row for row in table.rows if row.values["final"]]
-    others = [row for row in rows if row.method != "zero_shot"]
-    rows = others if len(others) > 1 else rows
+    known = [row for row in table.rows if row.values["final"]]
+    trained = [row for row in known if row.method != "zero_shot"]
+    rows = trained if len(trained) > 1 else known
     dots = [
         Dot(row.label, styles.get(row.label, style_of(row.method)), value.mean, value.spread or 0.0, value.single)
         for row in rows
         if (value := row.values["final"]) is not None
     ]
     if len(dots) > 1:
-        says = "Mean over seeds, one standard deviation either way, and the single seeds as small dots."
+        says = "Test accuracy after the last round"
+        if any(len(dot.single) > 1 for dot in dots):
+            says += ": the mean over seeds, one standard deviation either way, and the single seeds as small dots"
+        says += "." if rows == known else "; the untrained model is in the table only."
         yield Dots("ranking", "Final accuracy", says, _ACCURACY, Axis(""), tuple(dots))
 
 

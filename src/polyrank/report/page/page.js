@@ -133,7 +133,7 @@
   function draw(el) {
     const spec = specs.get(el.dataset.chart), [traces, layout] = makers[spec.kind](spec, el);
     if (spec.categories && spec.categories.length) { traces[0].zmin = -0.5; traces[0].zmax = 3.5; }
-    return Plotly.react(el, traces, layout, {displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], toImageButtonOptions: {format: "svg", filename: spec.key}});
+    return Plotly.react(el, traces, layout, {displaylogo: false, showSendToCloud: false, typesetMath: false, plotlyServerURL: "", displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], toImageButtonOptions: {format: "svg", filename: spec.key}});
   }
 
   const charts = [...document.querySelectorAll(".chart")];
