@@ -80,7 +80,7 @@ def test_loose_runs_are_told_apart_by_what_differs(tmp_path: Path) -> None:
         write_run(tmp_path / "c", "hralora", setting={"local.lr": 0.1}),
     ]
     found = gather(folders)
-    assert [entry.label for entry in found.entries] == ["fedit · local.lr=0.1", "fedit · local.lr=0.2", "hralora"]
+    assert [entry.label for entry in found.entries] == ["fedit · lr=0.1", "fedit · lr=0.2", "hralora"]
     assert found.name == "a, b, c"
 
 
@@ -109,3 +109,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(InputError, match=r"study\.json: not JSON"):
         gather([tmp_path])
+
+
+def test_a_grid_is_named_by_what_varies(tmp_path: Path) -> None:
+    cells = []
+    for lr in (0.1, 0.2):
+        setting = {"local.lr": lr, "local.epochs": 2}
+        write_run(tmp_path / f"runs/{lr}", "fedit", setting=setting)
+        cells.append({"run": f"runs/{lr}", "method": "fedit", "setting": setting, "seed": 0})
+    (tmp_path / "study.json").write_text(json.dumps({"name": "grid", "cells": cells}))
+    found = gather([tmp_path])
+    assert [entry.setting for entry in found.entries] == ["lr=0.1", "lr=0.2"]
+    assert found.notes == ()

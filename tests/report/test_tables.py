@@ -87,8 +87,8 @@ def test_the_order_of_baselines_is_checked_in_words(tmp_path: Path) -> None:
     table = summarise(gather([study]))
     single, local = (tables.percent(row.values["final"]) for row in table.rows if row.method in ("single", "local"))
     assert tables.ordering(table) == (
-        f"No federated method is above pooled training (single) at {single}, as expected.",
-        f"No federated method is below training alone (local) at {local}, as expected.",
+        f"No federated method is above pooled training (single, {single}), as expected.",
+        f"No federated method is below training alone (local, {local}), as expected.",
     )
     for seed in range(3):
         path = study / f"runs/single/seed-{seed}/summary.json"
@@ -96,10 +96,10 @@ def test_the_order_of_baselines_is_checked_in_words(tmp_path: Path) -> None:
         summary["final"]["test"]["accuracy"] = 0.842 + 0.01 * seed
         path.write_text(json.dumps(summary))
     said = tables.ordering(summarise(gather([study])))
-    assert said[0].startswith("The expected order does not hold: above pooled training (single)")
+    assert said[0].startswith("The expected order does not hold: above pooled training (single, ")
     assert "hralora" in said[0]
     assert "hetlora" not in said[0]
-    assert said[1] == "Within the spread over seeds of pooled training (single): hetlora."
+    assert said[1] == "Within the spread over seeds of pooled training: hetlora."
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,12 @@ def _margin(best: Row, others: Sequence[Row]) -> Iterator[Fact]:
     }[word]
     alike = [row.label for row in others if _word(best, row) == "alike"]
     if len(alike) > 1:
-        says = f"Within the spread over seeds, as are {len(alike)} methods in all: this order may be chance."
-    yield Fact("Margin", f"{gap:+.2f} points", f"Over {others[0].label}, the next. {says}", word != "more")
+        says = f"Within the spread over seeds, like {len(alike) - 1} more: this order may be chance."
+    yield Fact("Margin", _points(gap), f"Over {others[0].label}, the next. {says}", word != "more")
+
+
+def _points(gap: float) -> str:
+    return f"{gap:+.2f} points".replace("-", "\N{MINUS SIGN}")
 
 
 def _between(table: Table, best: Row) -> Iterator[Fact]:
@@ -84,7 +88,7 @@ def _between(table: Table, best: Row) -> Iterator[Fact]:
         name, base = next((n, v) for n, v in (("local", floor), ("single", ceiling), ("zero_shot", start)) if v)
         names = {"local": "every client alone", "single": "training on pooled data", "zero_shot": "the model untrained"}
         gap = 100 * (here.mean - base.mean)
-        yield Fact("Against a baseline", f"{gap:+.2f} points", f"Over {names[name]} ({percent(base)}).")
+        yield Fact("Against a baseline", _points(gap), f"Against {names[name]} ({percent(base)}).")
 
 
 def _same_setting(table: Table, name: str, best: Row) -> Value | None:
@@ -129,7 +133,7 @@ def _trust(gathered: Gathered, rows: Sequence[Row]) -> Fact:
     if gathered.notes:
         says += " Read the notes below."
     elif len(rows) > 1:
-        says += " All runs share data, clients and settings."
+        says += " The runs share data and clients, and differ in method and setting alone."
     return Fact("Trust", value, says, bool(seeds < 2 or gathered.notes))
 
 

@@ -1,8 +1,4 @@
-"""What a report is made of: the records of runs and studies, read from their folders into plain, frozen values.
-
-Nothing here is required of a run but `experiment.yaml`: what an older or unfinished run lacks is None or empty, and the
-charts and tables that need it leave it out.
-"""
+"""What a report is made of: the runs and studies that were named, by method and setting, and what to know of them."""
 
 from __future__ import annotations
 
@@ -12,87 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
 from polyrank.errors import InputError
+from polyrank.report.records import Recorded, read_json, read_run
 
-REGIMES = ("single", "local", "zero_shot")
-"""What is run instead of federation; in tables they stand beside the methods."""
 _MACHINE = ("device", "threads", "simulation", "deployment", "baselines", "expected", "seed", "evaluate", "costs")
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """One line of rounds.jsonl, reduced to what is drawn.
-
-    Attributes:
-        number: of the round, from 1.
-        factors: which were trained: ``A``, ``B`` or ``AB``.
-        asked: the clients of the round.
-        ranks: asked clients x `Recorded.modules`; 0: not trained.
-        loss: mean local training loss over the clients that reported one.
-        bytes_up, bytes_down: over all clients.
-        seconds: simulated.
-        metrics: as recorded, for example ``validation/accuracy``.
-        dropped, refused: clients that did not answer, and those whose update was not used, and why.
-        memory: largest predicted peak of a client, in bytes.
-        error: of the aggregation.
-        scores: importance by module, where it was measured in this round.
-        clients: client -> ``accuracy`` and ``loss`` on its own held-out data.
-    """
-
-    number: int
-    factors: str
-    asked: tuple[str, ...]
-    ranks: np.ndarray
-    loss: float | None
-    bytes_up: int
-    bytes_down: int
-    seconds: float | None
-    metrics: Mapping[str, float]
-    dropped: frozenset[str]
-    refused: Mapping[str, str]
-    memory: float | None
-    error: float | None
-    scores: Mapping[str, float]
-    clients: Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """A run, as its folder tells it.
-
-    Attributes:
-        folder: where it lies.
-        method: its label: the method's name or the regime's.
-        setting: what tells it from other runs of its method, for example ``local.lr=0.001``; empty if nothing does.
-        seed: of the run.
-        experiment: the resolved experiment.
-        facts: setting.json, or empty.
-        modules: the adapted modules, in the model's order where setting.json tells it.
-        rounds: as recorded.
-        measured_memory: largest measured peak of a client, in bytes, or None.
-        summary: of a finished run, or None.
-        confusion: confusion.json, or None.
-    """
-
-    folder: Path
-    method: str
-    setting: str
-    seed: int
-    experiment: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    modules: tuple[str, ...]
-    rounds: tuple[Round, ...]
-    measured_memory: float | None
-    summary: Mapping[str, Any] | None
-    confusion: Mapping[str, Any] | None
-
-    @property
-    def federated(self) -> bool:
-        """Whether clients send anything at all."""
-        return self.method not in REGIMES and self.experiment.get("regime", "federated") == "federated"
+_MOST_PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -166,7 +86,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
             notes += missing
         elif (folder / "experiment.yaml").is_file():
             name = folder.resolve().name
-            found.append((_run(folder), False))
+            found.append((read_run(folder), False))
         else:
             raise InputError(
                 f"{folder}: neither a run nor a study (a run's folder has experiment.yaml, a study's study.json)"
@@ -182,7 +102,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
 
 def _study(folder: Path) -> tuple[str, list[Recorded], list[str]]:
     path = folder / "study.json"
-    plan = _json(path)
+    plan = read_json(path)
     runs, missing = [], []
     try:
         for cell in plan["cells"]:
@@ -190,8 +110,8 @@ def _study(folder: Path) -> tuple[str, list[Recorded], list[str]]:
             if not (where / "experiment.yaml").is_file():
                 missing.append(cell["run"])
                 continue
-            text = ", ".join(f"{key}={_short(value)}" for key, value in cell["setting"].items())
-            runs.append(replace(_run(where), method=cell["method"], setting=text, seed=cell["seed"]))
+            varied = dict(cell["setting"])
+            runs.append(replace(read_run(where), method=cell["method"], varied=varied, seed=cell["seed"]))
         name = str(plan["name"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a study: {error!r}") from None
@@ -199,96 +119,26 @@ def _study(folder: Path) -> tuple[str, list[Recorded], list[str]]:
     return name, runs, notes
 
 
-def _run(folder: Path) -> Recorded:
-    path = folder / "experiment.yaml"
-    try:
-        experiment = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        method = experiment["method"]["name"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{path}: not a resolved experiment") from None
-    regime = experiment.get("regime", "federated")
-    facts = _json(folder / "setting.json") or {}
-    rounds, modules = _rounds(folder / "rounds.jsonl", facts)
-    summary, confusion = _json(folder / "summary.json"), _json(folder / "confusion.json")
-    return Recorded(
-        folder,
-        method if regime == "federated" else regime,
-        "",
-        experiment.get("seed", 0),
-        experiment,
-        facts,
-        modules,
-        rounds,
-        _measured(folder / "timings.jsonl"),
-        summary or None,
-        confusion or None,
-    )
-
-
-def _rounds(path: Path, facts: Mapping[str, Any]) -> tuple[tuple[Round, ...], tuple[str, ...]]:
-    index = {name: place for place, name in enumerate(facts.get("modules") or {})}
-    known: dict[tuple[str, ...], np.ndarray] = {}
-    rounds: list[Round] = []
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            rounds.append(_round(line, index, known))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: line {number} is not the record of a round: {error!r}") from None
-    wide = [replace(r, ranks=np.pad(r.ranks, ((0, 0), (0, len(index) - r.ranks.shape[1])))) for r in rounds]
-    return tuple(wide), tuple(index)
-
-
-def _round(line: Mapping[str, Any], index: dict[str, int], known: dict[tuple[str, ...], np.ndarray]) -> Round:
-    asked = tuple(line["ranks"])
-    columns = []
-    for own in line["ranks"].values():
-        names = tuple(own)
-        if names not in known:
-            known[names] = np.array([index.setdefault(name, len(index)) for name in names], np.intp)
-        columns.append(known[names])
-    scores = dict(line.get("scores") or {})
-    for name in scores:
-        index.setdefault(name, len(index))
-    ranks = np.zeros((len(asked), len(index)), np.int32)
-    for row, places, own in zip(ranks, columns, line["ranks"].values(), strict=True):
-        row[places] = list(own.values())
-    losses = [value for value in line["losses"].values() if value is not None]
-    return Round(
-        number=line["round"] + 1,
-        factors=line["factors"],
-        asked=asked,
-        ranks=ranks,
-        loss=float(np.mean(losses)) if losses else None,
-        bytes_up=sum(line["bytes_up"].values()),
-        bytes_down=sum(line["bytes_down"].values()),
-        seconds=line.get("seconds"),
-        metrics={key: value for key, value in (line.get("metrics") or {}).items() if value is not None},
-        dropped=frozenset(line.get("dropped") or ()),
-        refused=dict(line.get("refused") or {}),
-        memory=max((line.get("predicted_memory") or {}).values(), default=None),
-        error=line.get("aggregation_error"),
-        scores=scores,
-        clients=dict(line.get("client_metrics") or {}),
-    )
-
-
-def _measured(path: Path) -> float | None:
-    peaks = [value for line in _lines(path) for value in (line.get("measured_memory") or {}).values()]
-    return max(peaks, default=None)
-
-
-def _settings(found: Iterable[tuple[Recorded, bool]]) -> list[Recorded]:
-    """Runs outside of a study get as their setting what tells them from other such runs of their method."""
-    found = list(found)
+def _settings(found: Sequence[tuple[Recorded, bool]]) -> list[Recorded]:
+    """Names settings by what varies. Runs outside of a study vary in what tells them from such runs of their method."""
     flat = {id(run): flatten(run.experiment) for run, _ in found}
-    result = []
+    runs = []
     for run, of_study in found:
-        others = [flat[id(other)] for other, studied in found if not studied and other.method == run.method]
-        own = flat[id(run)]
-        keys = [k for k in own if not _machine(k) and any(o.get(k) != own[k] for o in others)] if not of_study else []
-        shown = [f"{key}={_short(own[key])}" for key in keys[:3]] + ([f"{len(keys) - 3} more"] if keys[3:] else [])
-        result.append(run if of_study else replace(run, setting=", ".join(shown)))
-    return result
+        own, varied = flat[id(run)], run.varied
+        if not of_study:
+            others = [flat[id(other)] for other, studied in found if not studied and other.method == run.method]
+            varied = {k: v for k, v in own.items() if not _machine(k) and any(o.get(k) != v for o in others)}
+        runs.append(replace(run, varied=varied))
+    keys = dict.fromkeys(key for run in runs for key in run.varied)
+    telling = [key for key in keys if len({_short(run.varied.get(key)) for run in runs}) > 1]
+    last = [key.rsplit(".", 1)[-1] for key in telling]
+    names = {key: word if last.count(word) == 1 else key for key, word in zip(telling, last, strict=True)}
+    return [replace(run, setting=_text(run.varied, names)) for run in runs]
+
+
+def _text(varied: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    parts = [f"{name}={_short(varied[key])}" for key, name in names.items() if key in varied]
+    return ", ".join(parts[:_MOST_PARTS] + ([f"{len(parts) - _MOST_PARTS} more"] if parts[_MOST_PARTS:] else []))
 
 
 def _distinct(runs: Sequence[Recorded]) -> tuple[list[Recorded], list[str]]:
@@ -325,7 +175,7 @@ def _unfinished(entries: Iterable[Entry]) -> Iterator[str]:
 def _unlike(entries: Sequence[Entry]) -> Iterator[str]:
     """Comparisons are fair between runs that share everything but the method."""
     runs = [run for entry in entries for run in entry.runs]
-    stated = {part.split("=")[0] for entry in entries for part in entry.setting.split(", ")}
+    stated = {key for run in runs for key in run.varied}
     values: dict[str, set[str]] = {}
     for run in runs:
         own = flatten(run.experiment)
@@ -365,24 +215,3 @@ def _machine(key: str) -> bool:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(), parse_constant=lambda _: None)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-
-
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Values of complete lines, one at a time: the records of a long run need not fit into memory as they are."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line, parse_constant=lambda _: None)
-            except ValueError:
-                return  # a line that a crash cut short

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from polyrank.report.gather import Entry, Recorded
+from polyrank.report.gather import Entry
+from polyrank.report.records import Recorded
 
 
 @dataclass(frozen=True)

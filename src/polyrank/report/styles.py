@@ -48,7 +48,8 @@ def style_of(method: str, setting: int = 0) -> Style:
         setting: number of its setting, from 0.
     """
     if method in _BASELINES:
-        return _BASELINES[method]
+        look = _BASELINES[method]
+        return replace(look, dash=DASHES[(DASHES.index(look.dash) + setting) % len(DASHES)])
     if method in _NAMED:
         place = _NAMED.index(method)
     else:

@@ -147,39 +147,35 @@ def federated(table: Table) -> list[Row]:
 
 def ordering(table: Table) -> tuple[str, ...]:
     """Whether single >= every federated method >= local holds, as sentences; empty without baselines."""
-    rows = {name: [r for r in table.rows if r.method == name and r.values["final"]] for name in ("single", "local")}
-    methods = federated(table)
-    said = []
-    for name, above in (("single", True), ("local", False)):
-        for base in rows[name]:
-            broken, alike = [], []
-            for row in methods:
-                if row.setting != base.setting and base.setting:
-                    continue
-                upper, lower = (base, row) if above else (row, base)
-                word = beats(upper.values["final"], lower.values["final"])
-                if word == "less":
-                    broken.append(row)
-                elif word == "alike":
-                    alike.append(row)
-            said += _said(base, above, broken, alike, len(methods))
-    return tuple(said)
+    return tuple(sentence for name in ("single", "local") for sentence in _held_against(table, name))
 
 
-def _said(base: Row, above: bool, broken: Sequence[Row], alike: Sequence[Row], methods: int) -> Iterator[str]:
-    who = "pooled training (single)" if above else "training alone (local)"
-    if not methods:
-        return
-    if broken:
-        names = ", ".join(f"{row.label} ({percent(row.values['final'])})" for row in broken)
-        word = "above" if above else "below"
-        yield f"The expected order does not hold: {word} {who} at {percent(base.values['final'])} is {names}."
-    else:
-        word = "No federated method is above" if above else "No federated method is below"
-        yield f"{word} {who} at {percent(base.values['final'])}, as expected."
+def _held_against(table: Table, name: str) -> Iterator[str]:
+    """What is said of one baseline, in each of its settings."""
+    who, word = ("pooled training", "above") if name == "single" else ("training alone", "below")
+    bases = [row for row in table.rows if row.method == name and row.values["final"]]
+    compared, broken = 0, 0
+    alike: list[str] = []
+    for base in bases:
+        rows = [row for row in federated(table) if row.setting == base.setting or not base.setting]
+        compared += len(rows)
+        found = [row for row in rows if _beyond(row, base, name)]
+        broken += len(found)
+        alike += [row.label for row in rows if beats(row.values["final"], base.values["final"]) == "alike"]
+        if found:
+            names = ", ".join(f"{row.label} ({percent(row.values['final'])})" for row in found)
+            at = f"{base.label}, {percent(base.values['final'])}"
+            yield f"The expected order does not hold: {word} {who} ({at}) is {names}."
+    if compared and not broken:
+        at = percent(bases[0].values["final"]) if len(bases) == 1 else "in the same setting"
+        yield f"No federated method is {word} {who} ({name}, {at}), as expected."
     if alike:
-        names = ", ".join(row.label for row in alike)
-        yield f"Within the spread over seeds of {who}: {names}."
+        yield f"Within the spread over seeds of {who}: {', '.join(alike)}."
+
+
+def _beyond(row: Row, base: Row, name: str) -> bool:
+    """Whether a federated method is where none should be: above pooled training, or below training alone."""
+    return beats(row.values["final"], base.values["final"]) == ("more" if name == "single" else "less")
 
 
 # Numbers for people

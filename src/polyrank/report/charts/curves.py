@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from polyrank.report.charts.shapes import MOST_POINTS, Axis, Line, Lines, scaled, thinned
-from polyrank.report.gather import Entry, Gathered, Recorded, Round
+from polyrank.report.gather import Entry, Gathered
+from polyrank.report.records import Recorded, Round
 from polyrank.report.styles import Style, style_of
 
 Read = Callable[[Round], float | None]

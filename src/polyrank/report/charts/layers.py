@@ -8,7 +8,8 @@ import numpy as np
 
 from polyrank.report.charts.curves import looks
 from polyrank.report.charts.shapes import MOST_ROWS, Axis, Frame, Heat, Panel, Point, Points, scaled, thinned
-from polyrank.report.gather import Entry, Gathered, Recorded, Round
+from polyrank.report.gather import Entry, Gathered
+from polyrank.report.records import Recorded, Round
 from polyrank.report.styles import NEUTRAL, Style
 
 MOST_FRAMES = 40

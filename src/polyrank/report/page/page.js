@@ -59,7 +59,7 @@
     layout.height = 70 + count * (narrow ? 28 : 32);
     layout.xaxis = {...axis(spec.x, look), nticks: narrow ? 4 : 8};
     layout.yaxis = {
-      ...axis(spec.y, look), tickvals: spec.names.map((_, i) => i), ticktext: spec.names.map(n => tail(n, narrow ? 18 : 40)),
+      ...axis(spec.y, look), tickvals: spec.names.map((_, i) => i), ticktext: spec.names.map(n => middle(n, narrow ? 20 : 48)),
       range: [-0.6, count - 0.4], fixedrange: true, tickfont: {size: 13, color: look.ink}, title: {text: ""},
     };
     return [spec.traces, layout];
@@ -67,6 +67,10 @@
 
   function tail(text, most) {
     return text.length > most ? "…" + text.slice(text.length - most + 1) : text;
+  }
+
+  function middle(text, most) {
+    return text.length > most ? text.slice(0, most / 2 - 1) + "…" + text.slice(text.length - most / 2) : text;
   }
 
   function names(list, starts, most, width) {
