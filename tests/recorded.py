@@ -113,7 +113,9 @@ def write_run(
                 "client_metrics": own,
             }
         )
-        timings.append({"round": t, "wall_seconds": 0.5, "measured_memory": {asked[0]: 7.2e7} if seed == 0 else {}})
+        timings.append(
+            {"round": t, "wall_seconds": 0.5, "measured_memory": {c: 7.2e7 for c in asked} if seed == 0 else {}}
+        )
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
     if done is None:

@@ -52,7 +52,11 @@ def test_memory_is_measured_or_said_to_be_predicted(tmp_path: Path) -> None:
     assert (memory.mean, memory.note) == (7.2e7, "")
     study = write_study(tmp_path / "other", ("fedit",), (0, 1))  # seed 1 has not measured any
     table = summarise(gather([study]))
-    assert table.rows[0].values["memory"].note == "predicted"
+    memory = table.rows[0].values["memory"]
+    assert memory.note == "predicted"
+    assert memory.mean == pytest.approx(
+        max(v for line in plain_lines(study / "runs/fedit/seed-0") for v in line["predicted_memory"].values())
+    )
     assert "MiB (p)" in tables.markdown(table)
 
 

@@ -86,14 +86,17 @@ def trained(run: Recorded) -> tuple[float, float] | None:
     return (float(counts.max()) + dense, float(counts.mean()) + dense) if len(counts) else None
 
 
-def peak_memory(entry: Entry) -> Value | None:
-    """Largest peak of a client in bytes: measured on all seeds, or else predicted and marked so."""
-    measured = [run.measured_memory for run in entry.finished]
-    if measured and None not in measured:
-        return over_seeds(measured)
-    return over_seeds(
-        (max((r.memory for r in run.rounds if r.memory), default=None) for run in entry.finished), "predicted"
-    )
+def measured_everywhere(entries: Iterable[Entry]) -> bool:
+    """Whether memory was measured in all finished runs with rounds: a column holds one kind of number."""
+    return all(run.measured_memory is not None for entry in entries for run in entry.finished if run.rounds)
+
+
+def peak_memory(entry: Entry, measured: bool) -> Value | None:
+    """Largest peak of a client in bytes, as measured, or as predicted and marked so."""
+    if measured:
+        return over_seeds(run.measured_memory for run in entry.finished)
+    predicted = (max((r.memory for r in run.rounds if r.memory), default=None) for run in entry.finished)
+    return over_seeds(predicted, "predicted")
 
 
 def clients(run: Recorded) -> dict[str, float]:

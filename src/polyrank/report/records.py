@@ -7,7 +7,7 @@ charts and tables that need it leave it out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ class Recorded:
         facts: setting.json, or empty.
         modules: the adapted modules, in the model's order where setting.json tells it.
         rounds: as recorded.
-        measured_memory: largest measured peak of a client, in bytes, or None.
+        measured_memory: largest measured peak of a client, in bytes; None unless every client that took part was
+            measured.
         summary: of a finished run, or None.
         confusion: confusion.json, or None.
     """
@@ -122,7 +123,7 @@ def read_run(folder: Path) -> Recorded:
         facts,
         modules,
         rounds,
-        _measured(folder / "timings.jsonl"),
+        _measured(folder / "timings.jsonl", {client for r in rounds for client in r.asked}),
         summary or None,
         confusion or None,
     )
@@ -175,9 +176,12 @@ def _round(line: Mapping[str, Any], index: dict[str, int], known: dict[tuple[str
     )
 
 
-def _measured(path: Path) -> float | None:
-    peaks = [value for line in _lines(path) for value in (line.get("measured_memory") or {}).values()]
-    return max(peaks, default=None)
+def _measured(path: Path, clients: Set[str]) -> float | None:
+    peaks: dict[str, float] = {}
+    for line in _lines(path):
+        for client, value in (line.get("measured_memory") or {}).items():
+            peaks[client] = max(value, peaks.get(client, 0.0))
+    return max(peaks.values()) if peaks and peaks.keys() >= clients else None
 
 
 def read_json(path: Path) -> Any:

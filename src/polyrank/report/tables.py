@@ -65,7 +65,7 @@ COLUMNS = (
     Column(
         "memory",
         "peak memory",
-        "Largest peak of a client: measured, or predicted by the cost model (p).",
+        "Largest peak of a client: measured if it was for every client of every run, else predicted (p).",
         "memory",
         "low",
     ),
@@ -76,14 +76,15 @@ COLUMNS = (
 
 def summarise(gathered: Gathered) -> Table:
     """The table of all entries, and of baselines that only the summaries of other runs know."""
-    rows = [_row(entry) for entry in gathered.entries]
+    measured = measures.measured_everywhere(gathered.entries)
+    rows = [_row(entry, measured) for entry in gathered.entries]
     rows += _references(gathered, {row.method for row in rows})
     rows.sort(key=lambda row: -row.values["final"].mean if row.values["final"] else float("inf"))
     columns = tuple(c for c in COLUMNS if any(row.values.get(c.key) for row in rows))
     return Table(columns, tuple(rows))
 
 
-def _row(entry: Entry) -> Row:
+def _row(entry: Entry, measured: bool) -> Row:
     runs = entry.finished
     trained = [measures.trained(run) for run in runs]
 
@@ -104,7 +105,7 @@ def _row(entry: Entry) -> Row:
         "wall": each(measures.wall),
         "largest": over_seeds(t and t[0] for t in trained),
         "average": over_seeds(t and t[1] for t in trained),
-        "memory": measures.peak_memory(entry),
+        "memory": measures.peak_memory(entry, measured),
         "worst": each(measures.worst),
         "uneven": each(measures.unevenness),
     }

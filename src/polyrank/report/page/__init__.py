@@ -69,7 +69,7 @@ def page(gathered: Gathered, table: Table) -> str:
         hero=hero,
         sections=sections,
         missing=missing,
-        legend=_legend(gathered),
+        legend=_legend(gathered, drawn),
         shared=shared,
         differing=differing,
         environment=_environment(gathered),
@@ -100,8 +100,10 @@ def _best(table: Table) -> dict[str, str]:
     return found
 
 
-def _legend(gathered: Gathered) -> list[Legend]:
-    return [Legend(label, style) for label, style in looks(gathered).items()]
+def _legend(gathered: Gathered, drawn: Sequence[dict[str, Any]]) -> list[Legend]:
+    """The entries that any curve or point shows."""
+    shown = {trace.get("meta") for chart in drawn if chart["kind"] == "plane" for trace in chart["traces"]}
+    return [Legend(label, style) for label, style in looks(gathered).items() if label in shown]
 
 
 _SHAPES = {

@@ -49,6 +49,8 @@
     layout.xaxis = axis(spec.x, look);
     layout.yaxis = axis(spec.y, look);
     if (spec.zero) layout.xaxis.rangemode = "tozero";
+    const rounds = Math.max(...spec.traces.flatMap(t => t.x));
+    if (spec.x.title === "round" && rounds <= 8) Object.assign(layout.xaxis, {tick0: 1, dtick: 1});
     if (spec.x.kind === "percent") layout.xaxis.range = [0, 1];
     const traces = spec.traces.map(t => ({...t, visible: printing || !hidden.has(t.meta)}));
     return [traces, layout];
@@ -91,30 +93,31 @@
       ? Array.from(row, c => { const code = CODE.get(c); return code < 0 ? null : spec.codes[code]; }) : row);
     const rows = panel.rows.length, columns = panel.columns.length, states = spec.categories.length > 0;
     const tall = Math.max(Math.min(rows * (rows > 24 ? 15 : 19), 640), 110);
-    layout.height = tall + (states ? 70 : 112);
+    layout.height = tall + (states ? 76 : 118);
     layout.plot_bgcolor = look.blank;
-    layout.margin = {l: 30, r: 12, t: states ? 12 : 54, b: 44};
+    layout.margin = {l: 30, r: 12, t: states ? 12 : 54, b: 60};
     layout.xaxis = {
-      ...axis(spec.x, look), showgrid: false, nticks: undefined, tickangle: "auto", range: [-0.5, columns - 0.5],
+      ...axis(spec.x, look), showgrid: false, ticks: "", nticks: undefined, tickangle: "auto", range: [-0.5, columns - 0.5],
       ...names(panel.columns, panel.starts, Math.floor(width / (panel.starts.length ? 62 : 34)), 14),
     };
     layout.yaxis = {
-      ...axis(spec.y, look), showgrid: false, nticks: undefined, range: [rows - 0.5, -0.5],
+      ...axis(spec.y, look), showgrid: false, ticks: "", nticks: undefined, range: [rows - 0.5, -0.5],
       ...names(panel.rows, panel.row_starts, Math.floor(tall / 15), narrow ? 16 : 30),
     };
+    layout.xaxis.title.standoff = 20;
     const rule = {line: {color: look.paper, width: 1.5}, type: "line"};
     layout.shapes = [
       ...panel.starts.filter(s => s[0] > 0).map(s => ({...rule, x0: s[0] - 0.5, x1: s[0] - 0.5, yref: "paper", y0: 0, y1: 1})),
       ...panel.row_starts.filter(s => s[0] > 0).map(s => ({...rule, y0: s[0] - 0.5, y1: s[0] - 0.5, xref: "paper", x0: 0, x1: 1})),
     ];
     const percent = spec.value.kind === "percent";
-    const text = z.map((row, i) => row.map((value, j) => {
+    const hovertext = z.map((row, i) => row.map((value, j) => {
       if (value === null) return "";
       const shown = states ? spec.categories[value] : percent ? (100 * value).toFixed(1) + " %" : String(value);
       return `${panel.rows[i]}<br>${spec.x.title} ${panel.columns[j]}<br><b>${shown}</b> ${states ? "" : spec.value.title}`;
     }));
     const trace = {
-      type: "heatmap", z, text, hoverinfo: "text", zmin: 0, zmax: spec.top || 1, hoverongaps: false, xgap: columns < 40 ? 1 : 0, ygap: rows < 40 ? 1 : 0,
+      type: "heatmap", z, hovertext, hoverinfo: "text", zmin: 0, zmax: spec.top || 1, hoverongaps: false, xgap: columns < 40 ? 1 : 0, ygap: rows < 40 ? 1 : 0,
       showscale: !states, colorscale: states ? steps() : "Viridis",
       colorbar: {
         orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "bottom", len: narrow ? 0.7 : 0.32, lenmode: "fraction", thickness: 9, ypad: 6,
@@ -123,7 +126,8 @@
       },
     };
     if (!states && rows * columns <= 225 && width / columns > 34) {
-      trace.texttemplate = percent ? "%{z:.0%}" : "%{z}";
+      trace.text = z.map(row => row.map(value => !value ? "" : percent ? Math.round(100 * value) : value));
+      trace.texttemplate = "%{text}";
       trace.textfont = {size: 10};
     }
     return [[trace], layout];
