@@ -121,3 +121,24 @@ def test_a_grid_is_named_by_what_varies(tmp_path: Path) -> None:
     found = gather([tmp_path])
     assert [entry.setting for entry in found.entries] == ["lr=0.1", "lr=0.2"]
     assert found.notes == ()
+
+
+def test_settings_that_differ_are_never_one(tmp_path: Path) -> None:
+    keys = ("local.lr", "local.epochs", "data.hold_out", "data.x")
+    rows = [(0, 0, 0, 0), (1, 1, 1, 1), (1, 1, 1, 2)]
+    cells = []
+    for row in rows:
+        setting = dict(zip(keys, row, strict=True))
+        where = "-".join(map(str, row))
+        write_run(tmp_path / where, "fedit", setting=setting)
+        cells.append({"run": where, "method": "fedit", "setting": setting, "seed": 0})
+    (tmp_path / "study.json").write_text(json.dumps({"name": "grid", "cells": cells}))
+    assert [entry.setting for entry in gather([tmp_path]).entries][1:] == [
+        "lr=1, epochs=1, hold_out=1, x=1",
+        "lr=1, epochs=1, hold_out=1, x=2",
+    ]
+    (tmp_path / "study.json").write_text(json.dumps({"name": "grid", "cells": cells[:2]}))
+    assert [entry.setting for entry in gather([tmp_path]).entries] == [
+        "lr=0, epochs=0, hold_out=0, 1 more",
+        "lr=1, epochs=1, hold_out=1, 1 more",
+    ]

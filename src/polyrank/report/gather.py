@@ -133,12 +133,12 @@ def _settings(found: Sequence[tuple[Recorded, bool]]) -> list[Recorded]:
     telling = [key for key in keys if len({_short(run.varied.get(key)) for run in runs}) > 1]
     last = [key.rsplit(".", 1)[-1] for key in telling]
     names = {key: word if last.count(word) == 1 else key for key, word in zip(telling, last, strict=True)}
-    return [replace(run, setting=_text(run.varied, names)) for run in runs]
-
-
-def _text(varied: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    parts = [f"{name}={_short(varied[key])}" for key, name in names.items() if key in varied]
-    return ", ".join(parts[:_MOST_PARTS] + ([f"{len(parts) - _MOST_PARTS} more"] if parts[_MOST_PARTS:] else []))
+    parts = [[f"{name}={_short(run.varied[key])}" for key, name in names.items() if key in run.varied] for run in runs]
+    whole = [", ".join(own) for own in parts]
+    short = [", ".join([*own[:_MOST_PARTS], f"{len(own) - _MOST_PARTS} more"]) for own in parts]
+    told = all(len({w for w, s in zip(whole, short, strict=True) if s == text}) == 1 for text in short)
+    chosen = [s if told and len(own) > _MOST_PARTS else w for own, w, s in zip(parts, whole, short, strict=True)]
+    return [replace(run, setting=text) for run, text in zip(runs, chosen, strict=True)]
 
 
 def _distinct(runs: Sequence[Recorded]) -> tuple[list[Recorded], list[str]]:
@@ -176,18 +176,14 @@ def _unlike(entries: Sequence[Entry]) -> Iterator[str]:
     """Comparisons are fair between runs that share everything but the method."""
     runs = [run for entry in entries for run in entry.runs]
     stated = {key for run in runs for key in run.varied}
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        own = flatten(run.experiment)
-        for key in own:
-            values.setdefault(key, set())
-    for run in runs:
-        own = flatten(run.experiment)
-        for key, seen in values.items():
-            if key != "rounds" or run.method != "zero_shot":
-                seen.add(json.dumps(own.get(key), default=str))
-    for key, seen in values.items():
-        if len(seen) > 1 and key not in stated and not _machine(key) and key.split(".")[0] not in ("method", "regime"):
+    plain = [(run.method, flatten(run.experiment)) for run in runs]
+    keys = dict.fromkeys(key for _, own in plain for key in own)
+    for key in keys:
+        if key in stated or _machine(key) or key.split(".")[0] in ("method", "regime"):
+            continue
+        having = [own for method, own in plain if key != "rounds" or method != "zero_shot"]
+        seen = {json.dumps(own.get(key), default=str) for own in having}
+        if len(seen) > 1:
             shown = ", ".join(sorted(seen)[:4]) + (", ..." if len(seen) > 4 else "")
             yield f"The runs differ in {key} ({shown}), so they are not compared on equal terms."
     seeds = {tuple(run.seed for run in entry.finished) for entry in entries if entry.finished}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from polyrank.report.gather import Entry
-from polyrank.report.records import Recorded
+from polyrank.report.records import Recorded, accuracies
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,8 @@ def peak_memory(entry: Entry, measured: bool) -> Value | None:
 
 def clients(run: Recorded) -> dict[str, float]:
     """Accuracy of the final model on each client's own held-out data, where it was asked for."""
-    found: Mapping[str, Any] = ((run.summary or {}).get("final") or {}).get("clients") or {}
-    if not found:
-        found = next((r.clients for r in reversed(run.rounds) if r.clients), {})
-    return {name: own["accuracy"] for name, own in found.items() if own.get("accuracy") is not None}
+    final = accuracies(((run.summary or {}).get("final") or {}).get("clients"))
+    return final or dict(next((r.clients for r in reversed(run.rounds) if r.clients), {}))
 
 
 def worst(run: Recorded) -> float | None:

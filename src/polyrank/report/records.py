@@ -7,6 +7,7 @@ charts and tables that need it leave it out.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ class Round:
         memory: largest predicted peak of a client, in bytes.
         error: of the aggregation.
         scores: importance by module, where it was measured in this round.
-        clients: client -> ``accuracy`` and ``loss`` on its own held-out data.
+        clients: client -> accuracy on its own held-out data.
     """
 
     number: int
@@ -55,7 +56,7 @@ class Round:
     memory: float | None
     error: float | None
     scores: Mapping[str, float]
-    clients: Mapping[str, Mapping[str, float]]
+    clients: Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,7 @@ def _rounds(path: Path, facts: Mapping[str, Any]) -> tuple[tuple[Round, ...], tu
 
 
 def _round(line: Mapping[str, Any], index: dict[str, int], known: dict[tuple[str, ...], np.ndarray]) -> Round:
-    asked = tuple(line["ranks"])
+    asked = tuple(map(sys.intern, line["ranks"]))  # names come again in every line
     columns = []
     for own in line["ranks"].values():
         names = tuple(own)
@@ -172,7 +173,7 @@ def _round(line: Mapping[str, Any], index: dict[str, int], known: dict[tuple[str
         memory=max((line.get("predicted_memory") or {}).values(), default=None),
         error=line.get("aggregation_error"),
         scores=scores,
-        clients=dict(line.get("client_metrics") or {}),
+        clients=accuracies(line.get("client_metrics")),
     )
 
 
@@ -182,6 +183,12 @@ def _measured(path: Path, clients: Set[str]) -> float | None:
         for client, value in (line.get("measured_memory") or {}).items():
             peaks[client] = max(value, peaks.get(client, 0.0))
     return max(peaks.values()) if peaks and peaks.keys() >= clients else None
+
+
+def accuracies(own: Mapping[str, Mapping[str, float]] | None) -> dict[str, float]:
+    """Client -> accuracy, of those that have one."""
+    found = {sys.intern(name): metrics.get("accuracy") for name, metrics in (own or {}).items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def read_json(path: Path) -> Any:

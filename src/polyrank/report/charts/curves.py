@@ -35,13 +35,12 @@ def metric(key: str) -> Read:
 
 def worst_client(r: Round) -> float | None:
     """The lowest accuracy of a client on its own held-out data."""
-    return min((own["accuracy"] for own in r.clients.values() if own.get("accuracy") is not None), default=None)
+    return min(r.clients.values(), default=None)
 
 
 def client_spread(r: Round) -> float | None:
     """The standard deviation of accuracy over clients."""
-    known = [own["accuracy"] for own in r.clients.values() if own.get("accuracy") is not None]
-    return float(np.std(known)) if known else None
+    return float(np.std(list(r.clients.values()))) if r.clients else None
 
 
 def curve(entry: Entry, style: Style, read: Read, along: Read | None = None) -> Line | None:
