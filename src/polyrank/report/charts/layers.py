@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -42,11 +43,15 @@ def _clients(run: Recorded) -> int:
 
 def _of_many(runs, panels) -> str:
     most = max(_clients(run) for _, run in runs)
-    return f"; {MOST_ROWS} of {most:,} clients, evenly spread" if most > max(len(p.rows) for p in panels) else ""
+    shown = f"; at most {MOST_ROWS} of {most:,} clients, those that took part most often, or else evenly spread"
+    return shown if most > max(len(panel.rows) for panel in panels) else ""
 
 
 def _ranks(entry: Entry, run: Recorded, most: int) -> Panel:
-    rows, names = rows_of(run, sorted({name for r in run.rounds for name in r.asked}))
+    asked = Counter(name for r in run.rounds for name in r.asked)
+    if len(asked) > MOST_ROWS and len(set(asked.values())) > 1:
+        asked = Counter(dict(sorted(asked.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_ROWS]))
+    rows, names = rows_of(run, sorted(asked))
     order, columns, starts = _modules(run)
     frames: list[tuple[int, int, np.ndarray]] = []
     for r in run.rounds:

@@ -28,7 +28,7 @@
       gridcolor: look.line, linecolor: look.line, zeroline: false, automargin: true,
       tickfont: {size: 11.5, color: look.soft}, fixedrange: coarse, nticks: 7,
     };
-    if (spec.kind === "percent") made.tickformat = ".0~%";
+    if (spec.kind === "percent") made.tickformat = ".2~%";
     return made;
   }
 
@@ -91,6 +91,7 @@
     const at = chosen.get(spec.key), panel = spec.panels[at.panel], frame = panel.frames[at.frame];
     const z = frame.rows.map(row => spec.codes
       ? Array.from(row, c => { const code = CODE.get(c); return code < 0 ? null : spec.codes[code]; }) : row);
+    if (spec.categories.length) z.forEach(row => row.forEach((value, i) => { if (value === 0) row[i] = null; })); // blank
     const rows = panel.rows.length, columns = panel.columns.length, states = spec.categories.length > 0;
     const tall = Math.max(Math.min(rows * (rows > 24 ? 15 : 19), 640), 110);
     layout.height = tall + (states ? 76 : 118);
@@ -105,10 +106,11 @@
       ...names(panel.rows, panel.row_starts, Math.floor(tall / 15), narrow ? 16 : 30),
     };
     layout.xaxis.title.standoff = 20;
+    const wide = (size, count) => size / count >= 6; // lines between groups would hide narrower cells
     const rule = {line: {color: look.paper, width: 1.5}, type: "line"};
     layout.shapes = [
-      ...panel.starts.filter(s => s[0] > 0).map(s => ({...rule, x0: s[0] - 0.5, x1: s[0] - 0.5, yref: "paper", y0: 0, y1: 1})),
-      ...panel.row_starts.filter(s => s[0] > 0).map(s => ({...rule, y0: s[0] - 0.5, y1: s[0] - 0.5, xref: "paper", x0: 0, x1: 1})),
+      ...panel.starts.filter(s => s[0] > 0 && wide(width, columns)).map(s => ({...rule, x0: s[0] - 0.5, x1: s[0] - 0.5, yref: "paper", y0: 0, y1: 1})),
+      ...panel.row_starts.filter(s => s[0] > 0 && wide(tall, rows)).map(s => ({...rule, y0: s[0] - 0.5, y1: s[0] - 0.5, xref: "paper", x0: 0, x1: 1})),
     ];
     const percent = spec.value.kind === "percent";
     const hovertext = z.map((row, i) => row.map((value, j) => {
@@ -121,7 +123,7 @@
       showscale: !states, colorscale: states ? steps() : "Viridis",
       colorbar: {
         orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "bottom", len: narrow ? 0.7 : 0.32, lenmode: "fraction", thickness: 9, ypad: 6,
-        outlinewidth: 0, tickfont: {size: 10.5, color: look.soft}, nticks: 5, tickformat: percent ? ".0~%" : "",
+        outlinewidth: 0, tickfont: {size: 10.5, color: look.soft}, nticks: 5, tickformat: percent ? ".2~%" : "",
         title: {text: spec.value.title, side: "top", font: {size: 11, color: look.soft}},
       },
     };
