@@ -33,7 +33,9 @@ ONLY_IN = {
     "transformers": {"polyrank.local.hf"},
     "peft": {"polyrank.local.hf"},
     "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
-    "matplotlib": {"polyrank.report.figures"},
+    "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
+    "plotly": {"polyrank.report.page"},
+    "jinja2": {"polyrank.report.page"},
     "opacus": {"polyrank.local.dp"},
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -206,6 +208,8 @@ FOREIGN = [
     ("polyrank.core.x", "import opacus"),
     ("polyrank.local.dpsgd", "def f():\n    import opacus.optimizers"),
     ("polyrank.cli", "import matplotlib.pyplot as plt"),
+    ("polyrank.report.web", "import plotly.graph_objects"),
+    ("polyrank.report.make", "def f():\n    from jinja2 import Template"),
 ]
 ALLOWED = [
     ("polyrank.core.x", "import math, torch\nimport numpy as np\nfrom polyrank.core.rng import stream"),
