@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -25,10 +25,8 @@ from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter, wri
 from polyrank.local.saved import save_config, save_image_processor, save_merged, save_tokenizer
 from polyrank.local.weights import write_into
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = ("bfloat16", "float16", "float32")
 """Types of merged weights."""
-
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ class Export:
         adapter: as it is exported.
         info: what an adapter's config says of the model.
         cut: what compression has cost.
-        merged: the type of the weights that the adapter is merged into; None: it is exported as an adapter.
+        merged: the type of the weights that the adapter is merged into, ``auto`` for the checkpoint's own until it is
+            written; None: it is exported as an adapter.
         channels: of images; 0 for texts, and until it is written.
     """
 
@@ -75,7 +74,7 @@ class Export:
     adapter: Adapter
     info: AdapterInfo
     cut: Cut
-    merged: Dtype | None = None
+    merged: str | None = None
     channels: int = 0
 
     @property
@@ -122,11 +121,16 @@ def chosen(
         raise AdapterError(f"{folder}: PEFT has no LoKr for Conv1D layers, GPT-2's; export it with --merge")
     adapter, cut = compressed(whole, rank)
     experiment = run.experiment()
-    # "auto" is the checkpoint's own type, which is known once it is loaded.
-    kept: Any = dtype or experiment.model.dtype
-    merged = kept if merge else None
-    setting = json.loads((run.folder / "setting.json").read_text())
-    return Export(run, experiment, summary, setting, best, adapter, info, cut, merged)
+    merged = (dtype or experiment.model.dtype) if merge else None
+    return Export(run, experiment, summary, _setting(run), best, adapter, info, cut, merged)
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    path = run.folder / "setting.json"
+    if not path.is_file():
+        raise RunError(f"{run.folder}: has no setting.json: an earlier version of polyrank has made it; run it again")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def compressed(adapter: Adapter, rank: int | None) -> tuple[Adapter, Cut]:
@@ -181,4 +185,4 @@ def _merge(export: Export, folder: Path) -> Export:
     dtype = None if export.merged == "auto" else getattr(torch, str(export.merged))
     found = next(write_into(base, export.adapter, dtype).parameters()).dtype
     save_merged(base, folder)
-    return replace(export, merged=str(found).removeprefix("torch."))  # type: ignore[arg-type]
+    return replace(export, merged=str(found).removeprefix("torch."))

@@ -45,5 +45,6 @@ def preparer(config: ModelConfig, kind: Kind) -> Callable[[Source], Split]:
 
 
 def located(config: ModelConfig) -> str:
+    """The model's name as Transformers takes it: a hub name, or a folder of this machine."""
     _, folder = BUILT_IN_MODELS.get(config.name, (None, None))
     return folder() if folder else hf.locate(config.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,19 +27,21 @@ def save_merged(base: Base, folder: Path) -> None:
     Raises:
         ModelError: if they are interpolated in a way of the model's own.
     """
-    config = base.model.config
+    model: Any = base.model
+    config = model.config
     if base.extra:
         _resize(base)
     with quiet():
-        usual = transformers.AutoConfig.from_pretrained(base.info.base)
+        usual = transformers.AutoConfig.from_pretrained(str(base.info.base))
         if hasattr(usual, "use_cache"):
             config.use_cache = usual.use_cache
-        base.model.save_pretrained(folder, max_shard_size=_SHARD)
+        model.save_pretrained(folder, max_shard_size=_SHARD)
 
 
 def _resize(base: Base) -> None:
     """Gives the model the position embeddings of the size that its images have."""
-    size, config = base.image_size, base.model.config
+    size = base.image_size
+    config: Any = base.model.config
     having = (m for m in base.modules.values() if hasattr(m, "interpolate_pos_encoding"))
     found = [m for m in having if isinstance(getattr(m, "position_embeddings", None), nn.Parameter)]
     if len(found) != 1:

@@ -52,5 +52,8 @@ def _add(name: str, module: nn.Module, update: Tensor, dtype: torch.dtype | None
     assert isinstance(weight, nn.Parameter)
     if weight.shape != update.shape:
         raise AdapterError(f"layer {name} is {tuple(update.shape)}, the model's is {tuple(weight.shape)}")
-    total = update.to(weight.device, precision(weight, update))
-    weight.data = total.add_(weight).to(dtype or weight.dtype).contiguous()
+    total = update.to(weight.device, precision(weight, update)).add_(weight)
+    if dtype is None or dtype == weight.dtype:
+        weight.copy_(total)
+    else:
+        weight.data = total.to(dtype).contiguous()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -18,45 +17,16 @@ from polyrank.data import HUB_NAMES
 from polyrank.experiment.catalogue import entries
 from polyrank.experiment.export import Export
 from polyrank.experiment.planning import BUILT_IN_MODELS
+from polyrank.report.loading import TASKS, loading_code
 from polyrank.report.terminal import size
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _METRICS = {"accuracy": "accuracy", "loss": "loss", "macro_f1": "macro F1", "mcc": "Matthews correlation"}
+_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
 _OPEN = "*To be filled in by who publishes this.*"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """How a kind of model is used: the classes of Transformers that load it, and an example of an input."""
-
-    tag: str
-    model: str
-    inputs: str
-    imports: str
-    example: str
-
-
-_TASKS = {
-    "text": _Task(
-        "text-classification",
-        "AutoModelForSequenceClassification",
-        "AutoTokenizer",
-        "",
-        'prepare(["A text of yours."], truncation=True, padding=True, return_tensors="pt")',
-    ),
-    "image": _Task(
-        "image-classification",
-        "AutoModelForImageClassification",
-        "AutoImageProcessor",
-        "from PIL import Image\n",
-        'prepare(Image.new("{mode}", (32, 32)), return_tensors="pt")  # an image of yours',
-    ),
-}
-
-
-def model_card(
-    export: Export, *, base: str | None = None, licence: str | None = None, repo: str | None = None
-) -> str:
+def model_card(export: Export, *, base: str | None = None, licence: str | None = None, repo: str | None = None) -> str:
     """The README.md of an export.
 
     Args:
@@ -70,11 +40,11 @@ def model_card(
         **({"base_model": hub_base} if hub_base else {}),
         **({"base_model_relation": "finetune" if export.merged else "adapter"} if hub_base else {}),
         "library_name": "transformers" if export.merged else "peft",
-        "pipeline_tag": _TASKS[export.kind].tag,
+        "pipeline_tag": TASKS[export.kind].tag,
         **({"license": licence} if licence else {}),
         **({"datasets": [dataset]} if (dataset := _hub_dataset(export)) else {}),
         "metrics": ["accuracy"],
-        "tags": ["federated-learning", "lora" if export.info.rank is None else "lokr", "polyrank", *_method_tag(export)],
+        "tags": ["federated-learning", "polyrank", _form(export).lower(), export.summary["method"]],
         **({"model-index": _index(export, dataset)} if export.faithful else {}),
     }
     parts = [
@@ -82,7 +52,8 @@ def model_card(
         f"# {repo.split('/')[-1] if repo else _title(export)}",
         *_opening(export, hub_base),
         "## How to load it",
-        *_code(export, repo),
+        f"```python\n{loading_code(export, repo)}```",
+        _prepared(export),
         "## How it was trained",
         *_training(export),
         "## Results",
@@ -100,7 +71,7 @@ def model_card(
 
 
 def _title(export: Export) -> str:
-    return f"{export.summary['method']} on {export.experiment.data.name}"
+    return f"{export.summary['method']} on {export.setting['data']}"
 
 
 def _hub_base(export: Export) -> str | None:
@@ -111,35 +82,33 @@ def _hub_base(export: Export) -> str | None:
 
 def _hub_dataset(export: Export) -> str | None:
     """The data set's name, where it is one of the hub's."""
-    data = export.experiment.data
+    data: Any = export.experiment.data
     path = HUB_NAMES.get(data.name) or (str(data.path) if data.name == "hub" else "")
     return path if path.count("/") == 1 and _HUB_NAME.fullmatch(path) else None
 
 
-def _method_tag(export: Export) -> list[str]:
-    return [export.summary["method"]]
+def _form(export: Export) -> str:
+    return "LoRA" if export.info.rank is None else "LoKr"
 
 
 def _index(export: Export, dataset: str | None) -> list[dict[str, Any]]:
     """The figures as the hub reads them; of what is exported, and of the round beside it."""
-    name, summary = export.experiment.data.name, export.summary
+    name, summary = export.setting["data"], export.summary
     rounds = {"final round": summary["final"], "round selected on validation": summary["selected"]}
     found = [
-        {"type": {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}[key], "value": round(value, 4)}
-        | {"name": f"Test {_METRICS[key]}, {which}"}
+        {"type": kind, "value": round(of["test"][key], 4), "name": f"Test {_METRICS[key]}, {which}"}
         for which, of in rounds.items()
-        if of
-        for key, value in of["test"].items()
-        if key in ("accuracy", "macro_f1", "mcc")
+        for key, kind in _HUB_METRICS.items()
+        if of and key in of["test"]
     ]
-    task = {"type": _TASKS[export.kind].tag}
+    task = {"type": TASKS[export.kind].tag}
     result = {"task": task, "dataset": {"name": name, "type": dataset or name, "split": "test"}, "metrics": found}
     return [{"name": _title(export), "results": [result]}]
 
 
 def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
     base = f"`{hub_base}`" if hub_base else _unpublished(export.experiment.model.name)
-    what, cut = "LoKr" if export.info.rank is not None else "LoRA", export.cut
+    what, cut = _form(export), export.cut
     which = "selected on validation" if export.selected else "final"
     if export.merged:
         yield (
@@ -165,55 +134,27 @@ def _unpublished(name: str) -> str:
     return f"`{name.rstrip('/').rpartition('/')[2]}`, a folder on the machine of the run"
 
 
-def _code(export: Export, repo: str | None) -> Iterator[str]:
-    task, model = _TASKS[export.kind], export.experiment.model
-    place = f'"{repo}"' if repo else '"."  # this folder, or its name on the hub'
-    mode = "L" if export.channels == 1 else "RGB"
-    resized = export.kind == "image" and model.image_size is not None and not export.merged
-    call = "model(**inputs, interpolate_pos_encoding=True)" if resized else "model(**inputs)"
-    dtype = "" if model.dtype == "auto" else f', dtype="{model.dtype}"'
-    if export.merged:
-        imports, load = f"from transformers import {task.inputs}, {task.model}", f"model = {task.model}.from_pretrained(place).eval()"
-    else:
-        imports = f"from peft import PeftConfig, PeftModel\nfrom transformers import AutoConfig, {task.inputs}, {task.model}"
-        load = (
-            "base = PeftConfig.from_pretrained(place).base_model_name_or_path\n"
-            "config = AutoConfig.from_pretrained(place)  # the base's, with these classes\n"
-            f"model = {task.model}.from_pretrained(base, config=config, ignore_mismatched_sizes=True{dtype})\n"
-            "model = PeftModel.from_pretrained(model, place).eval()"
-        )
-    code = (
-        f"import torch\n{task.imports}{imports}\n\nplace = {place}\n{load}\n"
-        f"prepare = {task.inputs}.from_pretrained(place)\n\n"
-        f"inputs = {task.example.format(mode=mode)}\n"
-        f"with torch.inference_mode():\n    logits = {call}.logits\n"
-        "print(model.config.id2label[int(logits.argmax())])"
-    )
-    yield f"```python\n{code}\n```"
+def _prepared(export: Export) -> str:
     if export.kind == "text":
-        yield f"Texts are cut at {model.max_length} tokens, as in training."
-    else:
-        yield "Whole images are resized, bilinear, and normalised as in training."
+        return f"Texts are cut at {export.experiment.model.max_length} tokens, as in training."
+    return "Whole images are resized, bilinear, and normalised as in training."
 
 
 def _training(export: Export) -> Iterator[str]:
-    e, setting, summary = export.experiment, export.setting, export.summary
-    method = next((m for m in entries("methods") if m["name"] == summary["method"]), None)
-    said = f"{method['description'].rstrip('.')}. Reference: {method['reference']}" if method else "no federation"
-    local, members = e.local, setting.get("members")
-    split = ", ".join(f"{k}: {v}" for k, v in e.data.partition.model_dump(exclude_none=True).items() if k != "name")
-    sizes = sorted(member["examples"] for member in (members or {}).values())
-    spread = f"; {sizes[0]} to {sizes[-1]} examples a client, median {median(sizes):g}" if sizes else ""
+    setting, summary = export.setting, export.summary
+    e: Any = export.experiment  # its sections are made at run time
+    local = e.local
     passes = f"{local.steps} steps" if local.steps else f"{local.epochs} epoch{'s' * (local.epochs != 1)}"
     ranks = sorted({x.rank for x in export.adapter.layers.values()})
     held = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "LoKr"
     yield _table(
         ("", ""),
         [
-            ("data", f"{e.data.name}, {e.data.partition.name}" + (f" ({split})" if split else "") + spread),
-            ("clients", f"{setting['clients']}, {_cohort(e.cohort)} a round"),
-            ("method", f"`{summary['method']}`: {said}"),
-            ("rounds", f"{summary['rounds']}, {passes} of batches of {local.batch} each, {local.optimizer} at {local.lr:g}"),
+            ("data", f"{setting['data']}, {_split(export)}"),
+            ("clients", f"{setting['clients']}, {e.cohort or 'all of them'} a round"),
+            ("method", _method(summary["method"])),
+            ("rounds", f"{summary['rounds']}, in each {passes} of batches of {local.batch}"),
+            ("optimizer", f"{local.optimizer}, learning rate {local.lr:g}, {local.schedule}"),
             ("seed", str(summary["seed"])),
             ("adapter", f"{held} on {len(setting['modules'])} modules"),
             ("traffic", f"{size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, all rounds and clients"),
@@ -226,8 +167,23 @@ def _training(export: Export) -> Iterator[str]:
     )
 
 
-def _cohort(cohort: int | None) -> str:
-    return "all of them" if cohort is None else str(cohort)
+def _method(name: str) -> str:
+    """What was run, in a line, with the paper it is from; nothing more for what is run in place of a federation."""
+    found = next((entry for entry in entries("methods") if entry["name"] == name), None)
+    if found is None:
+        return f"`{name}`"
+    said = found["description"].rstrip(".")
+    return f"`{name}`: {said}" + ("" if found["reference"] in said else f". Reference: {found['reference']}")
+
+
+def _split(export: Export) -> str:
+    """How the data was shared, and what that gave each client."""
+    data: Any = export.experiment.data
+    options = data.partition.model_dump(exclude_none=True)
+    name, said = str(options.pop("name")), ", ".join(f"{key}: {value}" for key, value in options.items())
+    sizes = sorted(member["examples"] for member in (export.setting["members"] or {}).values())
+    spread = f"; {sizes[0]} to {sizes[-1]} examples a client, median {median(sizes):g}" if sizes else ""
+    return name + (f" ({said})" if said else "") + spread
 
 
 def _results(export: Export) -> Iterator[str]:
@@ -245,7 +201,7 @@ def _results(export: Export) -> Iterator[str]:
     shown = [(name, *(f"{found[key]:.4f}" if key in found else "" for key in columns)) for name, found in rows]
     yield _table(("", *(_METRICS[key] for key in columns)), shown)
     if not export.faithful:
-        why = f"weights in {export.merged}" if export.merged not in (None, "float32") else "compression"
+        why = "compression" if export.cut.overall else f"weights in {export.merged}"
         yield f"These figures are the run's own; {why} may have changed them, and what is here was not evaluated again."
 
 
@@ -259,14 +215,15 @@ def _privacy(export: Export) -> str:
 
 def _licence(licence: str | None) -> str:
     stated = f"This work: `{licence}`." if licence else f"This work: not stated. {_OPEN}"
-    return f"{stated} The base model and the training data have licences of their own, which the run does not know. {_OPEN}"
+    others = "The base model and the training data have licences of their own, which the run does not know."
+    return f"{stated} {others} {_OPEN}"
 
 
 def _limits(export: Export) -> Iterator[str]:
     yield (
-        f"It knows the {len(export.setting['classes'])} classes above and gives one of them to any input. It was measured "
-        "on the test split of its own data set only: other sources, languages or cameras were not tried, nor was any harm "
-        "that its mistakes could do."
+        f"It knows the {len(export.setting['classes'])} classes above and gives one of them to any input. It was "
+        "measured on the test split of its own data set only: other sources, languages or cameras were not tried, nor "
+        "was any harm that its mistakes could do."
     )
     yield f"Intended use, use that is out of scope, and known biases of the data: {_OPEN}"
 
