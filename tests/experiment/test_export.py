@@ -28,7 +28,7 @@ from polyrank.core.lokr import lokr_parameters
 from polyrank.core.lowrank import Adapter, LowRank, combine, delta
 from polyrank.core.rng import stream, torch_generator
 from polyrank.experiment.build import build
-from polyrank.experiment.export import chosen, compressed
+from polyrank.experiment.publishing import chosen, compressed
 from polyrank.experiment.store import Run, RunError
 from polyrank.local import hf, lokr
 from polyrank.local.adapters import AdapterError, read_adapter, write_adapter
@@ -230,9 +230,8 @@ def given_setting(folder: Path, config: Config, classes: list[str]) -> None:
     groups = [{"name": g["name"], "clients": 2, "rank": g["rank"], "limit": "stated"} for g in config["fleet"]]
     path = folder / "setting.json"
     if not path.is_file():
-        path.write_text(
-            json.dumps({"clients": 4, "groups": groups, "members": None, "modules": {"m": {}}, "classes": classes})
-        )
+        found = {"clients": 4, "groups": groups, "members": None, "modules": {"m": {}}, "classes": classes}
+        path.write_text(json.dumps({"data": config["data"]["name"], **found}))
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +475,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(
 def test_a_run_without_an_adapter_is_refused(tmp_path: Path, runs: Callable[..., Path]) -> None:
     run = runs("fedit", rounds=1)
     (run / "best").rename(run / "elsewhere")
-    with pytest.raises(RunError, match="has no best/"):
+    with pytest.raises(RunError, match="in best/"):
         chosen(Run.open(run), best=True)
 
 

@@ -11,7 +11,7 @@ import typer
 from polyrank.cli.app import Json, app, mistakes, out
 
 if TYPE_CHECKING:
-    from polyrank.experiment.export import Export
+    from polyrank.experiment.publishing import Export
 
 
 @app.command()
@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write a run's adapter, or the model with it merged in, with a model card, for use without polyrank."""
     with mistakes():
-        from polyrank.experiment.export import chosen, write
+        from polyrank.experiment.publishing import chosen, write
         from polyrank.experiment.store import Run, check_free
         from polyrank.files import whole_folder, write_text
         from polyrank.local.upload import check_online, upload

@@ -15,8 +15,8 @@ import yaml
 
 from polyrank.data import HUB_NAMES
 from polyrank.experiment.catalogue import entries
-from polyrank.experiment.export import Export
 from polyrank.experiment.planning import BUILT_IN_MODELS
+from polyrank.experiment.publishing import Export
 from polyrank.report.loading import TASKS, loading_code
 from polyrank.report.terminal import size
 
@@ -189,9 +189,9 @@ def _split(export: Export) -> str:
 def _results(export: Export) -> Iterator[str]:
     summary = export.summary
     final, selected = summary["final"], summary["selected"]
-    rows = [("before", summary["before"]["test"]), (f"final, round {final['round'] + 1}", final["test"])]
+    rows = [("before", summary["before"]["test"]), (f"final, after {summary['rounds']} rounds", final["test"])]
     if selected:
-        rows.append((f"selected on validation, round {selected['round'] + 1}", selected["test"]))
+        rows.append((f"selected on validation, after {selected['round'] + 1} rounds", selected["test"]))
     names = {"single": "baseline: one adapter on the pooled data", "local": "baseline: best client alone"}
     baselines = {name: found["test"] for name, found in summary.get("baselines", {}).items() if "test" in found}
     rows += [(names.get(name, f"baseline: {name}"), found) for name, found in baselines.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polyrank.experiment.export import Export
+from polyrank.experiment.publishing import Export
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from polyrank.experiment.components import did_you_mean
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.models import Kind, load_base, located
 from polyrank.experiment.store import Run, RunError
-from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter, write_adapter
+from polyrank.local.adapters import CONFIG, AdapterError, AdapterInfo, read_adapter, write_adapter
 from polyrank.local.saved import save_config, save_image_processor, save_merged, save_tokenizer
 from polyrank.local.weights import write_into
 
@@ -108,8 +108,8 @@ def chosen(
     summary, folder = run.summary(), run.best if best else run.adapter
     if summary is None:
         raise RunError(f"{run.folder}: is not finished; `polyrank resume {run.folder}` finishes it")
-    if not folder.is_dir():
-        raise RunError(f"{run.folder}: has no {folder.name}/, so there is no adapter to export")
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{run.folder}: no adapter of the whole federation in {folder.name}/, so nothing to export")
     if dtype is not None and not merge:
         raise ConfigError(f"--dtype: {dtype!r} is of merged weights: add --merge; adapters stay in float32")
     if dtype is not None and dtype not in DTYPES:
