@@ -75,9 +75,9 @@ class Results:
         """One row per run.
 
         ``rounds``; ``before_``, ``final_`` and ``selected_`` with the name of every test metric; ``selected_round``;
-        ``single_accuracy`` and ``local_accuracy`` of baselines, where there are any; ``epsilon_clients`` and
-        ``epsilon_examples``, where they are promised; ``bytes_up`` and ``bytes_down``; ``seconds``, simulated, and
-        ``wall_seconds`` in rounds.
+        ``single_accuracy``, ``local_best_accuracy`` and ``local_mean_accuracy`` of baselines, where there are any;
+        ``epsilon_clients`` and ``epsilon_examples``, where they are promised; ``bytes_up`` and ``bytes_down``;
+        ``seconds``, simulated, and ``wall_seconds`` in rounds.
         """
         return _frame(self.cells, (_summary(cell.run) for cell in self.cells), ("rounds", "final_accuracy"))
 
@@ -201,7 +201,10 @@ def _summary(run: Run) -> Record:
     for part in ("before", "final", "selected"):
         row |= {f"{part}_{metric}": value for metric, value in (found.get(part) or {}).get("test", {}).items()}
     row["selected_round"] = (found.get("selected") or {}).get("round")
-    row |= {f"{name}_accuracy": made["test"]["accuracy"] for name, made in found.get("baselines", {}).items()}
+    for name, made in found.get("baselines", {}).items():
+        alone = "mean_accuracy" in made
+        row[f"{name}_best_accuracy" if alone else f"{name}_accuracy"] = made["test"]["accuracy"]
+        row |= {f"{name}_mean_accuracy": made["mean_accuracy"]} if alone else {}
     row |= {f"epsilon_{whom}": promised["epsilon"] for whom, promised in found.get("privacy", {}).items()}
     row |= {key: sum(sum(record[key].values()) for record in records) for key in ("bytes_up", "bytes_down")}
     seconds = [record["seconds"] for record in records]

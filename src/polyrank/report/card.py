@@ -195,6 +195,8 @@ def _results(export: Export) -> Iterator[str]:
     names = {"single": "baseline: one adapter on the pooled data", "local": "baseline: best client alone"}
     baselines = {name: found["test"] for name, found in summary.get("baselines", {}).items() if "test" in found}
     rows += [(names.get(name, f"baseline: {name}"), found) for name, found in baselines.items()]
+    if "mean_accuracy" in summary.get("baselines", {}).get("local", {}):
+        rows.append(("baseline: mean of clients alone", {"accuracy": summary["baselines"]["local"]["mean_accuracy"]}))
     columns = [key for key in _METRICS if key in final["test"]]
     which = "selected" if export.selected else "final"
     yield f"On the test split, which was read once, at the end. This is the {which} one."
