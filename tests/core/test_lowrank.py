@@ -393,7 +393,7 @@ def test_badly_scaled_clients_do_not_cost_accuracy(dtype: torch.dtype) -> None:
     U, S, Vt = torch.linalg.svd(dense(x), full_matrices=False)
     for rank in (3, 9, 16):
         best = (U[:, :rank] * S[:rank]) @ Vt[:rank]
-        assert float((dense(compress(x, rank)) - best).norm() / best.norm()) < 20 * torch.finfo(dtype).eps
+        assert float((dense(compress(x, rank)) - best).norm() / best.norm()) < 50 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -516,3 +516,10 @@ def test_a_cache_is_a_quantity(digits_config: Config) -> None:
     assert parsed(asked.resolved()).simulation.cache == 3 * 2**20
     with pytest.raises(ConfigError, match=r"simulation\.cache: 3 needs a unit"):
         parsed(changed(digits_config, "simulation", {"cache": 3}))
+
+
+def test_an_option_that_is_switched_off_stays_off_in_the_resolved_file(digits_config: dict[str, Any]) -> None:
+    config = {**digits_config, "local": {"clip": None}, "evaluate": {"samples": None}}
+    again = parse(parse(config, "file.yaml", Path()).resolved(), "resolved", Path())
+    assert again.local.clip is None
+    assert "samples" not in again.resolved()["evaluate"]

@@ -15,6 +15,7 @@ import yaml
 
 from polyrank.core.rng import stream
 from polyrank.experiment.store import Run
+from polyrank.experiment.study import listing
 from sittings import contents
 
 Config = dict[str, Any]
@@ -116,3 +117,27 @@ def test_a_process_that_is_killed_while_it_starts_leaves_nothing_in_the_way(
         assert [path.suffix for path in (tmp_path / "run").iterdir()].count(".tmp") > 0
     assert polyrank(*command) == 0
     assert contents(tmp_path / "run") == contents(whole[0])
+
+
+def test_a_study_that_is_killed_ten_times_ends_with_the_same_bytes(
+    tmp_path: Path, polyrank: Polyrank, experiment: Path
+) -> None:
+    config = yaml.safe_load(experiment.read_text())
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**config, "study": {"methods": ["hetlora", "local"], "seeds": [0, 1]}}))
+    command = ("compare", str(file), "--quiet", "--out")
+    assert polyrank(*command, str(tmp_path / "whole")) == 0
+    rng, stopped = stream(0, "study"), set()
+    for _ in range(10):
+        at, count, share = ("write", "replace", "replaced")[rng.integers(3)], int(rng.integers(2, 25)), rng.random()
+        assert polyrank(*command, str(tmp_path / "killed"), at=at, count=count, share=float(share)) == KILLED
+        runs = (tmp_path / "killed").glob("runs/*/*")
+        stopped.add(sum(len(list(Run(run).records())) for run in runs))
+    assert len(stopped) > 5, stopped
+    assert polyrank(*command, str(tmp_path / "killed")) == 0
+    whole, killed = (
+        {entry["run"]: contents(tmp_path / name / entry["run"]) for entry in listing(tmp_path / name)}
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+    assert len(whole) == 4

@@ -21,7 +21,9 @@ from polyrank.core.rng import stream
 from polyrank.core.types import ServerState
 from polyrank.experiment.build import build
 from polyrank.experiment.config import ConfigError
-from polyrank.experiment.session import Session, exported
+from polyrank.experiment.exported import exported
+from polyrank.experiment.regimes import EVERYBODY
+from polyrank.experiment.session import Session
 from polyrank.experiment.shares import share_data
 from polyrank.experiment.store import Run, RunError, free_folder, pack, unpack
 from polyrank.local.adapters import AdapterError, read_adapter, write_adapter
@@ -422,15 +424,16 @@ def unsteady(folder: Path, config: Config) -> tuple[Session, list[ServerState], 
 def test_the_best_round_is_chosen_on_validation_alone(tmp_path: Path, config: Config) -> None:
     session, states, found = unsteady(tmp_path, config)
     summary, folder = session.finish(), session.run.folder
-    assert {key for record in found for key in record["metrics"]} == {"validation/accuracy", "validation/loss"}
+    kinds = ("accuracy", "loss", "macro_f1", "micro_f1", "mcc")
+    assert {key for record in found for key in record["metrics"]} == {f"validation/{kind}" for kind in kinds}
     accuracies = [record["metrics"]["validation/accuracy"] for record in found]
     chosen = int(np.argmax(accuracies))
     assert summary["selected"]["round"] == chosen
     best, _ = read_adapter(folder / "best")
-    due = exported(states[chosen])
+    due = exported([states[chosen].folded, states[chosen].adapter])
     assert all(torch.equal(best.layers[name].B, x.B) for name, x in due.layers.items())
-    assert session.measure([best], "validation")["accuracy"] == max(accuracies)
-    assert session.measure([best], "test") == summary["selected"]["test"]
+    assert session.measure({EVERYBODY: [best]}, "validation")["accuracy"] == max(accuracies)
+    assert session.measure({EVERYBODY: [best]}, "test") == summary["selected"]["test"]
     config["data"]["limit"]["test"] = 10
     finished(started(tmp_path / "other", config, rounds=6))
     assert (tmp_path / "other" / "rounds.jsonl").read_bytes() == (folder / "rounds.jsonl").read_bytes()

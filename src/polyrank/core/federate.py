@@ -216,8 +216,15 @@ def federate(
             updates = privately_summed(updates, tasks, privacy.on_server, noise)
         absorbed = absorb(method, state, _keeping(kept, updates) if errors else updates, seed, device)
         record = ledger.record(aggregation_error(state, absorbed, tasks, kept) if errors else None)
+        record = replace(record, scores=_anew(state))
         state = absorbed
         yield state, record
+
+
+def _anew(state: ServerState) -> dict[str, float]:
+    """Scores that were made for this round, unless they tell no layer from another."""
+    made_now = state.memory.get("scored") == state.round and len(set(state.scores.values())) > 1
+    return dict(state.scores) if made_now else {}
 
 
 def _keeping(kept: list[Update], updates: Iterable[Update]) -> Iterator[Update]:

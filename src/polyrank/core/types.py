@@ -295,6 +295,9 @@ class RoundRecord:
         measured_memory: bytes that each client did need, where it was measured.
         aggregation_error: the relative distance of the new model from the mean of the clients' models, where it was
             asked for (`polyrank.core.exactness.aggregation_error`).
+        scores: importance per layer, in rounds for which a method measured or drew it anew and it is not all alike.
+        client_metrics: ``accuracy`` and ``loss`` of the aggregated model on examples of each client's own that nobody
+            trains on, where it was asked for.
     """
 
     round: int
@@ -312,6 +315,8 @@ class RoundRecord:
     predicted_memory: Mapping[Client, float] = field(default_factory=dict)
     measured_memory: Mapping[Client, float] = field(default_factory=dict)
     aggregation_error: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    client_metrics: Mapping[Client, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Clients(Protocol):

@@ -98,7 +98,7 @@ class Workers:
 
     def _started(self) -> list[_Worker]:
         if not self._crew:
-            with _environment("OMP_NUM_THREADS", str(self.threads)):
+            with variable("OMP_NUM_THREADS", str(self.threads)):
                 for number in range(self.count):
                     self._crew.append(_start(self.factory, number))
             for worker in self._crew:
@@ -260,7 +260,7 @@ def _send(connection: Connection, message: object) -> None:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def variable(name: str, value: str) -> Iterator[None]:
     """A variable of the environment, for processes that start meanwhile."""
     before = os.environ.get(name)
     os.environ[name] = value

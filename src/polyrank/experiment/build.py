@@ -17,7 +17,7 @@ import torch
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
-from polyrank.core.types import Query, ServerState
+from polyrank.core.types import Client, Query, ServerState
 from polyrank.engines.audit import Audit
 from polyrank.engines.exchange import Remote, Terms
 from polyrank.engines.post import Post
@@ -31,6 +31,7 @@ from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.base import Base
+from polyrank.local.data import Indices
 from polyrank.local.dp import require_opacus
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
@@ -48,6 +49,8 @@ class World:
         clients: in this process, in several, or on other machines.
         method: the six answers.
         splits: prepared data.
+        held_out: each client's own examples of the training split that nobody trains on, where clients evaluate.
+        classes: their names.
         start: the first state.
         info: what an exported adapter's config says.
     """
@@ -58,6 +61,8 @@ class World:
     clients: Simulator | Workers | Remote
     method: Method
     splits: Mapping[str, Split]
+    held_out: Mapping[Client, Indices] | None
+    classes: tuple[str, ...]
     start: ServerState
     info: AdapterInfo
 
@@ -126,6 +131,8 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
     if experiment.baselines:
         named = ", ".join(experiment.baselines)
         raise ConfigError(f"baselines: {named}: need the clients' data, which stays with them")
+    if experiment.evaluate.clients:
+        raise ConfigError("evaluate.clients: needs the clients' data here, and it stays with them")
     ground = _ground(experiment)
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
     kept = {"targets", "dtype", "attention", "image_size", "max_length"}
@@ -157,7 +164,10 @@ class _Ground:
             frozen = self.base.head if self.method.dense == "freeze" else ()
             refuse_unsound(self.base, [name for name in start.adapter.dense if name not in frozen])
         info = replace(self.base.info, rank=self.method.rank)
-        return World(self.base, self.spec, self.rank, clients, self.method, self.splits, start, info)
+        held_out = self.shares.held_out() if experiment.evaluate.clients else None
+        classes = tuple(self.shares.dataset.classes)
+        spec, rank, method = self.spec, self.rank, self.method
+        return World(self.base, spec, rank, clients, method, self.splits, held_out, classes, start, info)
 
 
 def _ground(experiment: Experiment) -> _Ground:

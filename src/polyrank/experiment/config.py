@@ -30,6 +30,7 @@ from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Sh
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Regime = Literal["federated", "single", "local", "zero_shot"]
 
 
 class ConfigError(InputError):
@@ -138,11 +139,16 @@ class EvaluateConfig(Strict):
         samples: at most so many validation examples (the test split is always used whole).
         aggregation: whether to measure, in every round, how far the aggregate is from the exact mean of the clients'
             models; keeps a cohort's low-rank layers in memory.
+        clients: also evaluate the aggregated model on each client's own examples, some of which it keeps for that and
+            never trains on; a number: of so many clients, drawn once.
+        client_hold_out: the part of its examples that a client keeps for that.
     """
 
     every: Count = 1
     samples: Count | None = None
     aggregation: bool = True
+    clients: bool | Count = False
+    client_hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
 class SimulationConfig(Strict):
@@ -177,6 +183,32 @@ class PrivacyConfig(Strict):
 
     clients: _settings(ClientPrivacy, "ClientPrivacyConfig") | None = None  # type: ignore[valid-type]
     examples: _settings(ExamplePrivacy, "ExamplePrivacyConfig") | None = None  # type: ignore[valid-type]
+
+
+class Contender(Strict):
+    """One of the things that a study compares.
+
+    Attributes:
+        label: what tables call it.
+        set: keys of the file and their values, as ``--set`` takes them: ``{method: hralora, method.rank: 8}``.
+    """
+
+    label: Annotated[str, Field(min_length=1)]
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class StudyConfig(Strict):
+    """What ``polyrank compare`` runs of the file; a run of the file itself does not look at it.
+
+    Attributes:
+        methods: names of methods and of regimes, or a label and what is set under it.
+        seeds: a run each; the file's own seed if none is given.
+        grid: keys of the file, and the values of each; every combination is run.
+    """
+
+    methods: list[str | Contender] = Field(default_factory=list)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
 
 class Expected(Strict):
@@ -240,8 +272,10 @@ class Experiment(Strict):
         device: ``auto`` is a GPU if there is one.
         threads: CPU threads; None: all cores the process may use.
         model, data, fleet, method, local, costs, evaluate, simulation, deployment, trust, privacy: see there.
-        baselines: ``single`` (one adapter on the pooled data) and ``local`` (every client alone), trained for as
-            many rounds and evaluated alike.
+        regime: ``federated``, or what is run in its place to compare with: ``single``, one adapter on the pooled data;
+            ``local``, every client alone; ``zero_shot``, the model as it starts (`polyrank.experiment.regimes`).
+        baselines: ``single`` and ``local`` runs at the end of a federated one, for its summary.
+        study: what ``polyrank compare`` runs.
         expected: the figure to reach, checked by tests.
     """
 
@@ -262,7 +296,9 @@ class Experiment(Strict):
     deployment: DeploymentConfig = Field(default_factory=dict, validate_default=True)
     trust: TrustConfig = Field(default_factory=dict, validate_default=True)
     privacy: PrivacyConfig = PrivacyConfig()
+    regime: Regime = "federated"
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
+    study: StudyConfig = StudyConfig()
     expected: Expected | None = None
 
     @model_validator(mode="after")
@@ -270,12 +306,19 @@ class Experiment(Strict):
         total = sum(group.share for group in self.fleet)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"fleet: shares sum to {total:g}, not 1")
+        if self.regime != "federated" and self.baselines:
+            raise ValueError(f"baselines: {', '.join(self.baselines)}: of a federated run, not of regime {self.regime}")
         protection = self.protection()
         check_privacy(protection, self.build_method(), self.local_training())
         self.gate()
         if self.trust.norm is not None and protection.on_server is not None:
             raise ValueError("trust.norm: not with privacy.clients: what one client sends would decide who else counts")
         return self
+
+    @property
+    def label(self) -> str:
+        """What a table calls the run: its method, or what is run in place of one."""
+        return str(self.method.name) if self.regime == "federated" else self.regime
 
     def local_training(self) -> LocalTraining:
         """The settings of a client's round."""
@@ -301,8 +344,8 @@ class Experiment(Strict):
         return replace(method, **bound)  # type: ignore[arg-type]
 
     def resolved(self) -> dict[str, Any]:
-        """The experiment with every default and every answer of the method written out; loads again as it is."""
-        plain: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        """One run with every default and every answer of the method written out; loads again as it is."""
+        plain: dict[str, Any] = _stated(self, self.model_dump(mode="json", exclude={"study"}))
         method = self.build_method()
         plain["method"] |= {slot: describe(table, getattr(method, slot)) for slot, table in SLOTS.items()}
         for group, given in zip(plain["fleet"], self.fleet, strict=True):
@@ -314,6 +357,17 @@ class Experiment(Strict):
         if isinstance(self.simulation.cache, float):
             plain["simulation"]["cache"] = f"{self.simulation.cache!r} B"
         return plain
+
+
+def _stated(value: Any, plain: Any) -> Any:
+    """The plain form of a value without what is None and would be if it were left out."""
+    if isinstance(value, list):
+        return [_stated(*pair) for pair in zip(value, plain, strict=True)]
+    if not isinstance(value, Strict):
+        return plain
+    fields = type(value).model_fields
+    kept = [key for key, held in plain.items() if held is not None or fields[key].get_default() is not None]
+    return {key: _stated(getattr(value, key), plain[key]) for key in kept}
 
 
 def json_schema() -> dict[str, Any]:

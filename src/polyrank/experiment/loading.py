@@ -48,10 +48,20 @@ def load(path: Path, overrides: list[str] | None = None) -> Experiment:
     Raises:
         ConfigError: naming the file, the key, the value and what would be valid.
     """
+    return parse(read(path, overrides), str(path), path.parent)
+
+
+def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The mapping that a file holds, with overrides; not validated.
+
+    Raises:
+        ConfigError: naming the file, or the override.
+    """
     raw = _read(path)
     for override in overrides or []:
-        _apply(raw, override)
-    return parse(raw, str(path), path.parent)
+        key, value = assignment(override)
+        put(raw, key, value, f"--set {override}")
+    return raw
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -126,39 +136,45 @@ def method_with(name: str, overrides: list[str]) -> Method:
     """A named method with options of its aggregation rule overridden, given as ``option=value``."""
     section: dict[str, Any] = {"name": name, "aggregate": {}}
     for override in overrides:
-        _apply(section["aggregate"], override)
+        key, value = assignment(override)
+        put(section["aggregate"], key, value, f"--set {override}")
     raw = {"rounds": 1, "model": {"name": ""}, "data": "digits", "fleet": [{"rank": 1}], "method": section}
     return parse(raw, "merge", Path()).build_method()
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def assignment(override: str, option: str = "--set") -> tuple[str, Any]:
+    """The key and the value, as YAML, of ``key=value``."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: must be key=value, for example --set rounds=5")
+        raise ConfigError(f"{option} {override}: must be key=value, for example {option} rounds=5")
     try:
-        value = read_yaml(text)
+        return key, read_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+        raise ConfigError(f"{option} {override}: the value is not YAML: {error}") from None
+
+
+def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets a dotted key of a file's mapping; `where` opens the message if there is no such place."""
     *path, last = key.split(".")
     node: Any = raw
     for part in path:
         if isinstance(node, list):
-            node = node[_index(node, part, override)]
+            node = node[_index(node, part, where)]
             continue
         if isinstance(node.get(part), str):
             node[part] = {"name": node[part]}
         node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
-            raise ConfigError(f"--set {override}: {part} is {node!r}, not a section")
+            raise ConfigError(f"{where}: {part} is {node!r}, not a section")
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_index(node, last, where)] = value
     else:
         node[last] = value
 
 
-def _index(items: list[Any], part: str, override: str) -> int:
+def _index(items: list[Any], part: str, where: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"--set {override}: {part!r} is not a position in a list of {len(items)} (from 0)")
+        raise ConfigError(f"{where}: {part!r} is not a position in a list of {len(items)} (from 0)")
     return int(part)
 
 

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyrank import __version__
-from polyrank.core.compress import compress
-from polyrank.core.federate import federate
-from polyrank.core.lowrank import Adapter, combine, trim, truncate
 from polyrank.core.rng import stream
-from polyrank.core.types import RoundRecord, ServerState
+from polyrank.core.types import Client, RoundRecord, ServerState
 from polyrank.data.source import stratified
 from polyrank.engines.exchange import Remote
-from polyrank.experiment.baselines import run_baselines
 from polyrank.experiment.build import World, build
 from polyrank.experiment.config import Experiment
+from polyrank.experiment.exported import read_models, write_models
+from polyrank.experiment.measuring import averaged, clients_evaluated, on_own_data, run_baselines, said
 from polyrank.experiment.privacy import Spent
+from polyrank.experiment.regimes import EVERYBODY, Models, course
+from polyrank.experiment.setting import setting
 from polyrank.experiment.store import Run
 from polyrank.files import write_json
-from polyrank.local.adapters import read_adapter, write_adapter
 from polyrank.local.data import Indices
-from polyrank.local.evaluate import evaluate
+from polyrank.local.evaluate import Predictions
 
 _LIBRARIES = ("torch", "numpy", "transformers", "peft", "safetensors")
 
@@ -39,44 +39,26 @@ class Session:
         self.run = run
         self.experiment: Experiment = run.experiment()
         self.world: World = world or build(self.experiment)
-        self.state: ServerState = run.restore() or self.world.start
+        self.course = course(self.experiment, self.world)
+        self.state: ServerState = run.restore() or self.course.start
         self.records: list[Mapping[str, Any]] = list(run.records())
         self.validation = self._validation_subset()
+        self.evaluated = clients_evaluated(self.experiment, self.world)
         e, clients = self.experiment, self.world.clients
         known = clients.known if isinstance(clients, Remote) else clients.profiles
         self.spent = Spent(e.protection(), e.local_training(), known, self.records)
 
     def rounds(self) -> Iterator[tuple[RoundRecord, float]]:
         """Runs the remaining rounds; after each: record and checkpoint on disk, then the record and its seconds."""
-        e, world = self.experiment, self.world
-        remote = world.clients if isinstance(world.clients, Remote) else None
-        steps = federate(
-            world.method,
-            self.state,
-            world.clients,
-            world.spec,
-            e.local_training(),
-            rounds=e.rounds,
-            cohort=remote.terms.asked(e.cohort) if remote else e.cohort,
-            # Of single updates, which noise on their sum does not cover.
-            errors=e.evaluate.aggregation and e.protection().on_server is None,
-            device=e.device if e.device.startswith("cuda") else None,  # others have no float64, or are the CPU
-            seed=e.seed,
-            measure=world.clients.measure,
-            gate=e.gate(),
-            privacy=e.protection(),
-            secret=remote is not None,
-        )
+        e, remote = self.experiment, self.world.clients if isinstance(self.world.clients, Remote) else None
+        if not remote:
+            self._write_setting()
         started = time.monotonic()
-        for state, record in steps:
+        for state, record in self.course.steps(self.state):
             self.spent.add(record.bytes_down, record.examples)
             record = replace(record, metrics=self.spent.metrics())
-            if state.round % e.evaluate.every == 0 or state.round == e.rounds:
-                measured = self.measure([state.folded, state.adapter], "validation")
-                validation = {f"validation/{key}": value for key, value in measured.items()}
-                record = replace(record, metrics={**record.metrics, **validation})
-                if self._improves(record):
-                    write_adapter(self.run.best, exported(state), world.info)
+            if state.round % e.evaluate.every == 0 or state.round == self.course.rounds:
+                record = self._evaluated(record, self.course.models(state))
             seconds = time.monotonic() - started
             if remote:
                 remote.settle(record)
@@ -86,31 +68,43 @@ class Session:
             self.records.append(asdict(record))
             yield record, seconds
             started = time.monotonic()
+        if remote:
+            self._write_setting()
 
-    def measure(self, adapters: Sequence[Adapter], split: str) -> dict[str, float]:
-        """The base with adapters added, on the validation subset or the whole test split."""
-        with self.world.base.attached(combine(adapters)) as model:
-            return evaluate(model, self.world.splits[split], self.validation if split == "validation" else None)
+    def _evaluated(self, record: RoundRecord, models: Models) -> RoundRecord:
+        """The record with what models are worth; the best on validation so far are written."""
+        measured = self.measure(models, "validation")
+        metrics = {**record.metrics, **{f"validation/{key}": value for key, value in measured.items()}}
+        own = on_own_data(self.world, models, self.evaluated) if self.evaluated else {}
+        record = replace(record, metrics=metrics, client_metrics=own)
+        best = self.selected()
+        if best is None or metrics["validation/accuracy"] > best["metrics"]["validation/accuracy"]:
+            write_models(self.run.best, models, self.world.info)
+        return record
+
+    def measure(self, models: Models, split: str) -> dict[str, float]:
+        """The base with adapters added, on the validation subset or the whole test split; the mean over models."""
+        indices = self.validation if split == "validation" else None
+        return averaged([said.metrics() for said in self._said(models, split, indices).values()])
+
+    def _said(self, models: Models, split: str, indices: Indices | None = None) -> dict[Client, Predictions]:
+        return {client: said(self.world, parts, split, indices) for client, parts in models.items()}
 
     def finish(self) -> dict[str, Any]:
         """Exports the final adapter, evaluates on the test split, trains the baselines, writes the summary."""
         e, world, state = self.experiment, self.world, self.state
-        write_adapter(self.run.adapter, exported(state), world.info)
+        models, start = self.course.models(state), world.start
+        write_models(self.run.adapter, models, world.info)
         selected = self.selected()
-        best = read_adapter(self.run.best)[0] if selected else exported(state)
-        start = world.start
-        results: dict[str, Any] = {
-            "before": {"test": self.measure([start.folded, start.adapter], "test")},
-            "final": {"round": state.round - 1, "test": self.measure([state.folded, state.adapter], "test")},
-            "selected": {"round": selected["round"], "test": self.measure([best], "test")} if selected else None,
-        }
-        if self.experiment.baselines:
-            results["baselines"] = run_baselines(self.experiment, world)
+        best = read_models(self.run.best, models) if selected else models
         summary = {
-            "method": self.experiment.method.name,
-            "seed": self.experiment.seed,
+            "method": e.label,
+            "seed": e.seed,
             "rounds": state.round,
-            **results,
+            "before": {"test": self.measure({EVERYBODY: [start.folded, start.adapter]}, "test")},
+            "final": {"round": state.round - 1 if state.round else None, **self._final(models)},
+            "selected": {"round": selected["round"], "test": self.measure(best, "test")} if selected else None,
+            **({"baselines": run_baselines(e, world)} if e.baselines else {}),
             **({"privacy": self.promised()} if e.protection() else {}),
             "bytes_up": sum(sum(r["bytes_up"].values()) for r in self.records),
             "bytes_down": sum(sum(r["bytes_down"].values()) for r in self.records),
@@ -119,6 +113,20 @@ class Session:
         }
         write_json(self.run.summary_file, summary)
         return summary
+
+    def _final(self, models: Models) -> dict[str, Any]:
+        """What the last models say of the test split; how often they take which class for which is written."""
+        found = self._said(models, "test")
+        classes = list(self.world.classes)
+        counts = sum((p.confusion(len(classes)) for p in found.values()), np.zeros(len(classes), np.int64))
+        write_json(self.run.confusion_file, {"classes": classes, "counts": counts.tolist()})
+        alone = {client: p.metrics() for client, p in found.items()}
+        own = self.records[-1]["client_metrics"] if self.records else {}
+        return {
+            "test": averaged(list(alone.values())),
+            **({"alone": alone} if EVERYBODY not in alone else {}),
+            **({"clients": own} if own else {}),
+        }
 
     def promised(self) -> dict[str, dict[str, float]]:
         """Epsilon and delta of the rounds that are done, for what is protected."""
@@ -141,18 +149,10 @@ class Session:
             return None
         return stratified(labels, samples, stream(self.experiment.seed, "evaluate"))
 
-    def _improves(self, record: RoundRecord) -> bool:
-        best = self.selected()
-        key = "validation/accuracy"
-        return best is None or record.metrics[key] > best["metrics"][key]
-
-
-def exported(state: ServerState) -> Adapter:
-    """One adapter that computes what the state computes: folds and layers together, no larger than they need be."""
-    total = combine([state.folded, state.adapter])
-    tight = {name: trim(compress(x) if x.rank > min(x.shape) else x) for name, x in total.layers.items()}
-    # PEFT has no layers of rank 0: an untrained one keeps a row.
-    return Adapter({name: x if x.rank else truncate(total.layers[name], 1) for name, x in tight.items()}, total.dense)
+    def _write_setting(self) -> None:
+        clients = self.world.clients
+        profiles = clients.known() if isinstance(clients, Remote) else clients.profiles()
+        write_json(self.run.setting_file, setting(self.experiment, self.world, profiles))
 
 
 def environment() -> dict[str, Any]:

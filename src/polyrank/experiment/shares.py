@@ -17,18 +17,52 @@ from polyrank.experiment.config import ConfigError, Experiment, Group
 from polyrank.experiment.planning import profile_of
 from polyrank.experiment.tables import DATASETS, PARTITIONERS, SCORERS
 
+Indices = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Shares:
-    """The data set and who holds what of its training split."""
+    """The data set and who holds what of its training split.
+
+    Attributes:
+        dataset: its splits.
+        partition: of the training split.
+        clients: their names.
+        kept: what part of its own examples each client keeps to evaluate on, and never trains on.
+        seed: of the streams that draw them.
+    """
 
     dataset: Dataset
     partition: Partition
     clients: Names
+    kept: float = 0.0
+    seed: int = 0
 
-    def indices(self) -> Mapping[Client, npt.NDArray[np.int64]]:
-        """Each client's indices into the training split: views, made as they are asked for."""
-        return PerClient(self.clients, self.partition.__getitem__)
+    def indices(self) -> Mapping[Client, Indices]:
+        """Each client's indices into the training split, those it trains on; made as they are asked for."""
+        if not self.kept:
+            return PerClient(self.clients, self.partition.__getitem__)
+        return PerClient(self.clients, lambda number: self._divided(number)[1])
+
+    def held_out(self) -> Mapping[Client, Indices]:
+        """Each client's indices into the training split, those it is evaluated on; made as they are asked for."""
+        return PerClient(self.clients, lambda number: self._divided(number)[0])
+
+    @property
+    def sizes(self) -> Indices:
+        """Examples that each client trains on, (clients,)."""
+        sizes = self.partition.sizes
+        return sizes - self._kept_of(sizes)
+
+    def _divided(self, number: int) -> tuple[Indices, Indices]:
+        own = self.partition[number]
+        order = stream(self.seed, "client-hold-out", self.clients[number]).permutation(len(own))
+        count = int(self._kept_of(np.asarray(len(own))))
+        return own[np.sort(order[:count])], own[np.sort(order[count:])]
+
+    def _kept_of(self, sizes: Indices) -> Indices:
+        """At least one example of two; of a single one, none."""
+        return np.minimum(np.maximum(np.round(self.kept * sizes), 1 if self.kept else 0), sizes - 1).clip(0).astype(int)
 
 
 def share_data(experiment: Experiment) -> Shares:
@@ -52,7 +86,8 @@ def share_data(experiment: Experiment) -> Shares:
     except DataError as error:
         raise DataError(f"data.clients, data.partition: {error}") from None
     names = Numbered(len(partition)) if partition.names is None else Named(partition.names)
-    return Shares(dataset, partition, names)
+    evaluated = experiment.evaluate
+    return Shares(dataset, partition, names, evaluated.client_hold_out if evaluated.clients else 0.0, seed)
 
 
 def kept_for_importance(experiment: Experiment) -> int:
@@ -83,4 +118,4 @@ def fleet_profiles(fleet: list[Group], shares: Shares) -> Fleet:
     """Everybody's profile; clients are numbered group by group."""
     groups = np.repeat(np.arange(len(fleet)), group_sizes(fleet, len(shares.clients)))
     reports = [replace(profile_of(g), group=g.name or f"group {index}") for index, g in enumerate(fleet)]
-    return Fleet(shares.clients, groups, reports, shares.partition.sizes)
+    return Fleet(shares.clients, groups, reports, shares.sizes)

@@ -1,0 +1,122 @@
+"""Studies: ``polyrank compare``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, numbers, out, plain
+
+if TYPE_CHECKING:
+    from polyrank.experiment.config import StudyConfig
+    from polyrank.experiment.study import Study
+
+
+@app.command()
+def compare(
+    file: Annotated[Path | None, typer.Argument(help="An experiment; the embedded digits one if left out.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, and any of single, local, zero_shot: m1,m2,...")] = None,
+    seeds: Annotated[str | None, typer.Option(help="A run of each: 0,1,2")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", metavar="KEY=V1,V2", help="Values of a key, all combined. Repeatable.")
+    ] = None,
+    set_: Set = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder of the study; studies/NAME if left out.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the machine.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and what it costs.")] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Run methods and baselines on the same split, clients, schedule and seeds; go on where a study stopped."""
+    with mistakes():
+        from polyrank.experiment.conduct import run_study
+        from polyrank.experiment.loading import read
+        from polyrank.experiment.study import planned
+
+        path = file or embedded("digits.yaml")
+        where = folder or Path("studies", path.stem)
+        study = planned(read(path, set_), str(path), path.parent, _asked(methods, seeds, grid), where, jobs=jobs)
+        if dry_run:
+            _plan(study, json_)
+            return
+        due, total = len(study.due()), len(study.cells)
+        if not (quiet or json_):
+            out.print(f"{total} runs in {where}, {total - due} of them done", highlight=False, soft_wrap=True)
+        failed = 0
+        try:
+            for count, (cell, found) in enumerate(run_study(study, jobs), total - due + 1):
+                name = plain(cell.folder.relative_to("runs").as_posix())
+                if isinstance(found, str):
+                    failed += 1
+                    err.print(
+                        f"{count}/{total}  {name}: [red]error:[/] {plain(found)}", highlight=False, soft_wrap=True
+                    )
+                elif not (quiet or json_):
+                    out.print(f"{count}/{total}  {name}: {_reached(found)}", highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on from here", soft_wrap=True)
+            raise typer.Exit(130) from None
+        if json_:
+            summaries = {cell.folder.as_posix(): study.run_of(cell).summary() for cell in study.cells}
+            print(json.dumps({"study": str(where), "runs": summaries}))
+        if failed:
+            raise typer.Exit(1)
+
+
+def _asked(methods: str | None, seeds: str | None, grid: list[str] | None) -> StudyConfig:
+    from polyrank.experiment.config import ConfigError, StudyConfig
+    from polyrank.experiment.loading import assignment, read_yaml
+
+    values: dict[str, list[Any]] = {}
+    for option in grid or []:
+        key, text = option.partition("=")[::2]
+        assignment(f"{key}=[{text}]" if "=" in option else option, "--grid")
+        values[key] = read_yaml(f"[{text}]")
+        if not values[key]:
+            raise ConfigError(f"--grid {option}: has no values")
+    named = [name.strip() for name in methods.split(",")] if methods else []
+    return StudyConfig(
+        methods=list(dict.fromkeys(named)),
+        seeds=[int(seed) for seed in numbers("--seeds", seeds, None, least=0, whole=True) or []],
+        grid=values,
+    )
+
+
+def _reached(summary: dict[str, Any]) -> str:
+    from polyrank.report.terminal import size, span
+
+    sent = size(summary["bytes_up"] + summary["bytes_down"])
+    return f"{summary['final']['test']['accuracy']:.2%}, {sent} sent, {span(summary['wall_seconds'])}"
+
+
+def _plan(study: Study, json_: bool) -> None:
+    """What would be run: a row for each label and setting, with what one run of it costs."""
+    from rich.table import Table
+
+    from polyrank.experiment.study import cost
+    from polyrank.report.terminal import size
+
+    rows: dict[str, dict[str, Any]] = {}
+    for cell in study.cells:
+        name = cell.folder.parent.relative_to("runs").as_posix()
+        row = rows.setdefault(name, {"runs": 0, "done": 0, **cost(cell.experiment)} if name not in rows else {})
+        row["runs"] += 1
+        row["done"] += study.run_of(cell).summary() is not None
+    if json_:
+        print(json.dumps({"study": str(study.folder), "cells": rows}))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("run", "seeds", "done", "up", "down", "largest client"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for name, row in rows.items():
+        peak = "-" if row["peak_memory"] is None else size(row["peak_memory"])
+        up, down = size(row["bytes_up"]), size(row["bytes_down"])
+        table.add_row(plain(name), str(row["runs"]), str(row["done"]), up, down, peak)
+    out.print(table)
+    due = len(study.due())
+    finished = [s["wall_seconds"] for cell in study.cells if (s := study.run_of(cell).summary()) is not None]
+    left = f", about {sum(finished) / len(finished) * due:.0f} s of rounds" if finished else ""
+    out.print(f"{due} of {len(study.cells)} runs to do{left}; bytes and memory are of one run", highlight=False)
