@@ -225,15 +225,6 @@ def test_merging_needs_the_model_and_a_layer(tmp_path: Path) -> None:
 # --- whole runs
 
 
-def given_setting(folder: Path, config: Config, classes: list[str]) -> None:
-    """Facts that a run's folder holds beside its records."""
-    groups = [{"name": g["name"], "clients": 2, "rank": g["rank"], "limit": "stated"} for g in config["fleet"]]
-    path = folder / "setting.json"
-    if not path.is_file():
-        found = {"clients": 4, "groups": groups, "members": None, "modules": {"m": {}}, "classes": classes}
-        path.write_text(json.dumps({"data": config["data"]["name"], **found}))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, digits_config: Config) -> Callable[..., Path]:
     """(method, changes) -> the folder of a finished run on the digits; made once."""
@@ -244,7 +235,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits_config: Config) -> Cal
         if key not in made:
             made[key] = tmp_path_factory.mktemp("runs") / method
             finished(started(made[key], digits_config, **{"method": {"name": method}, **changes}))
-            given_setting(made[key], digits_config, list("0123456789"))
         return made[key]
 
     return run
@@ -277,7 +267,6 @@ def text_run(tmp_path_factory: pytest.TempPathFactory, digits_config: Config, ti
         "data": {"name": "files", **files, "text": "text", "clients": 4, "classes": ["low", "middle", "high"]},
     }
     finished(started(folder / "run", config))
-    given_setting(folder / "run", config, ["low", "middle", "high"])
     return folder / "run"
 
 
@@ -477,6 +466,11 @@ def test_a_run_without_an_adapter_is_refused(tmp_path: Path, runs: Callable[...,
     (run / "best").rename(run / "elsewhere")
     with pytest.raises(RunError, match="in best/"):
         chosen(Run.open(run), best=True)
+    with pytest.raises(RunError, match="in adapter/"):
+        chosen(Run.open(runs("fedit", rounds=1, regime="local")))
+    (run / "setting.json").unlink()
+    with pytest.raises(RunError, match="an earlier version"):
+        chosen(Run.open(run))
 
 
 # --- the hub

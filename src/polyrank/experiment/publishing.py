@@ -126,10 +126,9 @@ def chosen(
 
 
 def _setting(run: Run) -> dict[str, Any]:
-    path = run.folder / "setting.json"
-    if not path.is_file():
+    if not run.setting_file.is_file():
         raise RunError(f"{run.folder}: has no setting.json: an earlier version of polyrank has made it; run it again")
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(run.setting_file.read_text())
     return found
 
 

@@ -18,6 +18,7 @@ from polyrank.experiment.loading import load as load_experiment
 from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run, RunError, check_free, free_folder
+from polyrank.experiment.study import listing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ Watch = Callable[[RoundRecord, float], object]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Labelled:
     """One run among others.
 
     Attributes:
@@ -59,16 +60,16 @@ class Results:
     are not finished have rounds, and nothing where their results would be.
 
     Attributes:
-        cells: the runs.
+        runs: in the order in which they were named.
     """
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self.cells = tuple(cells)
+    def __init__(self, runs: Sequence[Labelled]) -> None:
+        self.runs = tuple(runs)
 
     @property
     def folders(self) -> dict[str, Path]:
         """The folder of each run, by its name in the frames."""
-        return {cell.name: cell.run.folder for cell in self.cells}
+        return {cell.name: cell.run.folder for cell in self.runs}
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -79,7 +80,7 @@ class Results:
         ``epsilon_clients`` and ``epsilon_examples``, where they are promised; ``bytes_up`` and ``bytes_down``;
         ``seconds``, simulated, and ``wall_seconds`` in rounds.
         """
-        return _frame(self.cells, (_summary(cell.run) for cell in self.cells), ("rounds", "final_accuracy"))
+        return _frame(self.runs, (_summary(cell.run) for cell in self.runs), ("rounds", "final_accuracy"))
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
@@ -89,7 +90,7 @@ class Results:
         many clients), ``bytes_up``, ``bytes_down``, ``seconds``, ``wall_seconds``, ``aggregation_error``, and every
         metric, such as ``validation_accuracy``.
         """
-        return _frame(*_spread(self.cells, _rounds), ("round", "loss", "validation_accuracy"))
+        return _frame(*_spread(self.runs, _rounds), ("round", "loss", "validation_accuracy"))
 
     @cached_property
     def clients(self) -> pd.DataFrame:
@@ -99,7 +100,7 @@ class Results:
         ``answered``, ``refused`` (why), ``predicted_memory`` and ``measured_memory`` in bytes, and what the aggregated
         model reached on the client's own held-out data, ``validation_accuracy`` and ``validation_loss``.
         """
-        return _frame(*_spread(self.cells, _clients), ("round", "client", "rank"))
+        return _frame(*_spread(self.runs, _clients), ("round", "client", "rank"))
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -107,13 +108,13 @@ class Results:
 
         ``block``, ``rank``, and ``score``: the layer's importance as last measured.
         """
-        return _frame(*_spread(self.cells, _layers), ("round", "client", "layer", "rank", "score"))
+        return _frame(*_spread(self.runs, _layers), ("round", "client", "layer", "rank", "score"))
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return len(self.runs)
 
     def __repr__(self) -> str:
-        shown = [f"  {line}" for line in map(_line, self.cells[:_SHOWN])]
+        shown = [f"  {line}" for line in map(_line, self.runs[:_SHOWN])]
         more = [f"  and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
         runs = f"{len(self)} run{'s' * (len(self) != 1)}"
         return "\n".join([f"Results of {runs}, as frames: summary, rounds, clients, layers", *shown, *more])
@@ -128,7 +129,7 @@ def load(*paths: str | Path) -> Results:
     Raises:
         RunError: if a folder holds neither, or the same run is named twice.
     """
-    cells = [cell for path in paths for cell in _cells(Path(path))]
+    cells = [cell for path in paths for cell in _labelled(Path(path))]
     names = [cell.name for cell in cells]
     for name in names:
         if names.count(name) > 1:
@@ -180,19 +181,19 @@ def begin(
     return Session(Run.create(Path(out) if out is not None else free_folder(path.stem), experiment), world)
 
 
-def _cells(folder: Path) -> Iterator[Cell]:
+def _labelled(folder: Path) -> Iterator[Labelled]:
     """The run in a folder, or those of the study in it that have begun."""
     if not (folder / "study.json").is_file():
         found = Run.open(folder)
         raw = yaml.safe_load((folder / "experiment.yaml").read_text())
         regime = raw.get("regime", "federated")
         method = raw["method"]["name"] if regime == "federated" else regime
-        yield Cell(str(folder), found, method, {}, raw["seed"])
+        yield Labelled(str(folder), found, method, {}, raw["seed"])
         return
-    for cell in json.loads((folder / "study.json").read_text())["cells"]:
+    for cell in listing(folder):
         place = folder / cell["run"]
         if (place / "experiment.yaml").is_file():
-            yield Cell(str(place), Run.open(place), cell["method"], cell["setting"], cell["seed"])
+            yield Labelled(str(place), Run.open(place), cell["method"], cell["setting"], cell["seed"])
 
 
 def _summary(run: Run) -> Record:
@@ -270,12 +271,13 @@ def _layers(run: Run) -> Iterator[Record]:
 
 def _setting(run: Run) -> dict[str, Any]:
     """What rounds do not change, where the run has written it."""
-    path = run.folder / "setting.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(run.setting_file.read_text()) if run.setting_file.is_file() else {}
     return found
 
 
-def _spread(cells: Sequence[Cell], rows: Callable[[Run], Iterator[Record]]) -> tuple[Iterator[Cell], Iterator[Record]]:
+def _spread(
+    cells: Sequence[Labelled], rows: Callable[[Run], Iterator[Record]]
+) -> tuple[Iterator[Labelled], Iterator[Record]]:
     """The rows of all cells, each with its cell."""
     pairs = [(cell, row) for cell in cells for row in rows(cell.run)]
     return (cell for cell, _ in pairs), (row for _, row in pairs)
@@ -293,7 +295,7 @@ def _frame(cells: Any, rows: Iterator[Record], columns: Sequence[str]) -> pd.Dat
     return found.assign(**dict.fromkeys(nothing, float("nan")))  # numbers, where others would be None
 
 
-def _line(cell: Cell) -> str:
+def _line(cell: Labelled) -> str:
     """A run in a line."""
     name = ", ".join([cell.method, *(f"{key}={value}" for key, value in cell.setting.items()), f"seed {cell.seed}"])
     found = cell.run.summary()

@@ -110,13 +110,15 @@ def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
     base = f"`{hub_base}`" if hub_base else _unpublished(export.experiment.model.name)
     what, cut = _form(export), export.cut
     which = "selected on validation" if export.selected else "final"
+    regime = export.experiment.regime
+    run = "federated run" if regime == "federated" else f"`{regime}` run, which is none of a federation"
     if export.merged:
         yield (
-            f"A {export.kind} classifier: {base} with the {which} {what} adapter of a federated run merged into its "
+            f"A {export.kind} classifier: {base} with the {which} {what} adapter of a {run} merged into its "
             f"weights ({export.merged}). It needs Transformers and nothing else."
         )
     else:
-        yield f"A {what} adapter for {base}, the {which} one of a federated run, in PEFT's format."
+        yield f"A {what} adapter for {base}, the {which} one of a {run}, in PEFT's format."
     if cut.rank is not None:
         worst, error = cut.worst
         lost = f"at a relative error of {cut.overall:.2e} overall and {error:.2e} in the worst layer, `{worst}`"
