@@ -13,7 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs unit deploy real bench clean
+.PHONY: help demo test lint types docs unit slow deploy real bench clean
+
+# Output of targets that run side by side, one after the other, where this make can (4.0 and newer).
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -22,7 +25,7 @@ help: ## this list
 demo: $(VENV)/.demo ## the digits experiment: no download, under a minute
 	$(BIN)/polyrank run
 
-test: lint types docs unit deploy real ## everything CI checks
+test: lint types docs unit slow ## everything CI checks
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check
@@ -37,14 +40,17 @@ docs: $(VENV)/.dev ## the documentation, into site/
 unit: export OMP_NUM_THREADS := 1
 unit: export MKL_NUM_THREADS := 1
 unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
-	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs
+	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
+
+slow: $(VENV)/.dev ## deploy and real, side by side: each keeps about one core busy
+	$(MAKE) -j2 $(SYNC) deploy real
 
 deploy: export OMP_NUM_THREADS := 1
 deploy: $(VENV)/.dev ## a deployment of Flower on loopback, one for all of its tests
-	$(BIN)/pytest -m deploy -n 0 -rs
+	$(BIN)/pytest -m deploy -n 0 -rs --durations=10
 
 real: $(VENV)/.dev ## real models and data, where they are present; says what it skips
-	$(BIN)/pytest -m real -n 0 -v -rs
+	$(BIN)/pytest -m real -n 0 -v -rs --durations=10
 
 bench: $(VENV)/.dev ## ratios against the usual ways, goals beside figures, one table
 	$(BIN)/python bench/table.py
