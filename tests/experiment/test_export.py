@@ -343,6 +343,10 @@ def test_texts_are_prepared_as_in_training(tmp_path: Path, text_run: Path) -> No
         with world.base.attached(read_adapter(text_run / source)[0]) as live, torch.no_grad():
             expected = torch.cat([live(world.splits["test"].batch(np.array([i]))) for i in range(len(rows))])
         np.testing.assert_allclose(found[folder]["logits"], expected.numpy(), atol=1e-4)
+    with hf.quiet():
+        ask = transformers.pipeline("text-classification", model=str(merged), truncation=True)
+        said = [answer["label"] for answer in ask([row["text"] for row in rows])]
+    assert said == [("low", "middle", "high")[index] for index in expected.argmax(-1).tolist()]
 
 
 @pytest.mark.parametrize("method", ["flora", "lokr"])
