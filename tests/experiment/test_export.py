@@ -375,6 +375,7 @@ def test_without_a_rank_the_adapter_is_the_run_s(tmp_path: Path, runs: Callable[
 def test_the_same_run_makes_the_same_bytes(tmp_path: Path, runs: Callable[..., Path]) -> None:
     run = runs("fedex_lora")
     folders = [tmp_path / name for name in ("one", "two")]
+    folders[0].mkdir()
     for folder in folders:
         call(run, "--out", folder, "--rank", 2)
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
@@ -503,7 +504,7 @@ def test_a_hub_that_does_not_answer_leaves_the_folder(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "create_repo", fails)
-    assert "nobody there" in refused(runs("fedex_lora"), "--out", tmp_path / "out", "--push", "me/digits")
+    assert "hf upload me/digits" in refused(runs("fedex_lora"), "--out", tmp_path / "out", "--push", "me/digits")
     assert (tmp_path / "out" / "README.md").is_file()
 
 

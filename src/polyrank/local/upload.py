@@ -8,7 +8,7 @@ from polyrank.errors import InputError
 
 
 class UploadError(InputError):
-    """A folder cannot be uploaded; nothing was."""
+    """A folder cannot be uploaded."""
 
 
 def check_online() -> None:
@@ -44,5 +44,6 @@ def upload(folder: Path, repo: str) -> str:
         made = HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by polyrank")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UploadError(f"--push: {repo}: the hub did not take {folder}: {error}") from None
+        again = f"it is written, and `hf upload {repo} {folder}` tries again"
+        raise UploadError(f"--push: {repo}: the hub did not take {folder} ({again}): {error}") from None
     return str(made)

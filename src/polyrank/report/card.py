@@ -139,7 +139,8 @@ def _unpublished(name: str) -> str:
 def _prepared(export: Export) -> str:
     if export.kind == "text":
         return f"Texts are cut at {export.experiment.model.max_length} tokens, as in training."
-    return "Whole images are resized, bilinear, and normalised as in training."
+    grey = " They are grey, of mode L: pipelines, which make them RGB, do not fit." if export.channels == 1 else ""
+    return f"Whole images are resized, bilinear, and normalised as in training.{grey}"
 
 
 def _training(export: Export) -> Iterator[str]:
