@@ -30,13 +30,15 @@ MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
 ONLY_IN = {
-    "transformers": {"polyrank.local.hf"},
+    "transformers": {"polyrank.local.hf", "polyrank.local.saved"},
     "peft": {"polyrank.local.hf"},
     "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
     "plotly": {"polyrank.report.page"},
     "jinja2": {"polyrank.report.page"},
+    "huggingface_hub": {"polyrank.local.upload"},
     "opacus": {"polyrank.local.dp"},
+    "pandas": {"polyrank.experiment.results"},
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {"load", "save"}  # of torch
@@ -210,6 +212,8 @@ FOREIGN = [
     ("polyrank.cli", "import matplotlib.pyplot as plt"),
     ("polyrank.report.web", "import plotly.graph_objects"),
     ("polyrank.report.make", "def f():\n    from jinja2 import Template"),
+    ("polyrank.cli.export", "from huggingface_hub import HfApi"),
+    ("polyrank.report.x", "import pandas"),
 ]
 ALLOWED = [
     ("polyrank.core.x", "import math, torch\nimport numpy as np\nfrom polyrank.core.rng import stream"),
@@ -217,6 +221,7 @@ ALLOWED = [
     ("polyrank.local.adapters", "from polyrank.files import write_json"),
     ("polyrank.data.x", "import pyarrow\nfrom polyrank.core.rng import stream"),
     ("polyrank.local.dp", "def f():\n    import opacus.optimizers"),
+    ("polyrank.local.upload", "def f():\n    from huggingface_hub import HfApi"),
     ("polyrank.local.hf", "import peft\nimport transformers\nfrom polyrank.data import text"),
     ("polyrank.engines.flower", "import flwr\nfrom polyrank.local import cohort"),
     ("polyrank.deploy.client", "import flwr\nfrom polyrank.engines import flower"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, out
+from polyrank.cli.app import Json, Quiet, Set, app, err, mistakes, out
 
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
@@ -26,19 +26,9 @@ def run(
 ) -> None:
     """Run an experiment and write its adapter, records and summary to a folder."""
     with mistakes():
-        from polyrank.experiment.build import build
-        from polyrank.experiment.loading import load
-        from polyrank.experiment.machine import on_this_machine
-        from polyrank.experiment.session import Session
-        from polyrank.experiment.store import Run, check_free, free_folder
+        from polyrank.experiment.results import begin
 
-        path = file or embedded("digits.yaml")
-        if folder is not None:
-            check_free(folder)
-        experiment = on_this_machine(load(path, set_))
-        world = build(experiment)  # all that the file asks for has been found to work before a folder is made
-        stored = Run.create(folder or free_folder(path.stem), experiment)
-        _drive(Session(stored, world), quiet, json_)
+        _drive(begin(file, set_ or (), folder), quiet, json_)
 
 
 @app.command()

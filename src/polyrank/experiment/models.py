@@ -22,7 +22,7 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
     if config.quantize is not None:
         raise ConfigError(f"model.quantize: {config.quantize}: plans account for it, but it cannot be run yet")
     return hf.load_base(
-        _located(config),
+        located(config),
         config.targets,
         kind=kind,
         classes=classes,
@@ -38,12 +38,13 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
 def preparer(config: ModelConfig, kind: Kind) -> Callable[[Source], Split]:
     """What makes of a split the tensors that the model takes."""
     if kind == "text":
-        text = hf.text_processor(_located(config), config.max_length)
+        text = hf.text_processor(located(config), config.max_length)
         return lambda source: prepare_text(source, text.encode, text.pad_id, text.fingerprint)
-    image = hf.image_processor(_located(config), config.image_size)
+    image = hf.image_processor(located(config), config.image_size)
     return lambda source: prepare_images(source, image.size, image.channels, image.mean, image.std)
 
 
-def _located(config: ModelConfig) -> str:
+def located(config: ModelConfig) -> str:
+    """The model's name as Transformers takes it: a hub name, or a folder of this machine."""
     _, folder = BUILT_IN_MODELS.get(config.name, (None, None))
     return folder() if folder else hf.locate(config.name)

@@ -1,4 +1,4 @@
-"""The only file that knows Transformers and PEFT: base models, tokenizers, image sizes, exported adapters."""
+"""What Transformers and PEFT load: base models, tokenizers, image sizes, exported adapters. `saved` writes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load_base(
         ModelError: if the model cannot be loaded or is not of this kind.
     """
     labels = dict(enumerate(classes))
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         try:
             model, report = getattr(transformers, _AUTO[kind]).from_pretrained(
@@ -135,7 +135,7 @@ def base_from_config(
     Raises:
         ModelError: if there is no such config, or it is not one of this kind.
     """
-    with _quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
@@ -157,11 +157,16 @@ def base_from_config(
 
 
 def _with_padding(model: nn.Module) -> nn.Module:
-    """Decoders need to know which token pads a text; the end of the text does, where nothing else is said."""
-    config = model.config
+    """Decoders need to know which token pads a text."""
+    padded(model.config)
+    return model
+
+
+def padded(config: Any) -> Any:
+    """A text model's config, with a token that pads texts: their end, where nothing else is said."""
     if hasattr(config, "vocab_size") and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None) or 0
-    return model
+    return config
 
 
 def image_tokens(config: Any, image_size: int | None) -> int:
@@ -202,7 +207,7 @@ class ImageProcessor:
 
 def text_processor(name: str, max_length: int) -> TextProcessor:
     """The model's tokenizer, truncating to `max_length` tokens."""
-    with _quiet():
+    with quiet():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -219,7 +224,7 @@ def text_processor(name: str, max_length: int) -> TextProcessor:
 
 def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:
     """Size, channels and normalisation that the model was trained with; 0.5 where it does not say."""
-    with _quiet():
+    with quiet():
         config = transformers.AutoConfig.from_pretrained(name)
         try:
             stated, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
@@ -251,14 +256,14 @@ def small_vit_config(
 
 def random_vit(config: Any, rng: np.random.Generator) -> nn.Module:
     """A ViT classifier of this config with weights drawn from `rng`."""
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         return transformers.ViTForImageClassification(config)
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
     """Writes a model as Transformers reads it."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
 
 
@@ -270,14 +275,14 @@ def load_exported(base: Base, folder: Path) -> Callable[[Batch], Tensor]:
     """
     if base.info.fan_in_fan_out and read_adapter(folder)[1].rank is not None:
         raise ModelError(f"{folder}: PEFT has no LoKr for Conv1D layers, GPT-2's, so it cannot load this adapter")
-    with _quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base.model, str(folder)).to(base.device).eval()
     return lambda batch: model(**base.inputs(batch)).logits
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading without progress bars and without warnings about the new head, which is expected."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
