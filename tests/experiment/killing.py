@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import transformers.models.vit.modeling_vit  # noqa: F401 - what commands import when they run
 
 import polyrank.experiment.session
-import polyrank.report.terminal  # noqa: F401
+import polyrank.report.progress  # noqa: F401
 from polyrank import cli
 
 Plan = dict[str, Any]
