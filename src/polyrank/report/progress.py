@@ -35,7 +35,7 @@ class _Current:
     asked: Asked | None = None
     answered: list[Answered] = field(default_factory=list)
     phase: Phase | None = None
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
 
 
 class Progress:
@@ -63,7 +63,7 @@ class Progress:
         if self.silent or not self.console.is_terminal:
             yield self
             return
-        with Live(get_renderable=self.view, console=self.console, refresh_per_second=4) as self.live:
+        with Live(get_renderable=self.view, console=self.console, refresh_per_second=2) as self.live:
             try:
                 yield self
             finally:

@@ -34,15 +34,17 @@ class _Events:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """On disk when it returns."""
         # Rounds of earlier sittings as if the run had not been interrupted.
-        now = self.opened - sum(self.seconds[step + 1 :]) if step < len(self.seconds) else time.time()
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step, walltime=now)
-        self.writer.flush()
+        self._write(step, values, self.opened - sum(self.seconds[step + 1 :]) if step < len(self.seconds) else None)
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            self.scalars(max(last_step(summary), len(self.seconds)), results(summary))
+            self._write(last_step(summary), results(summary))
         self.writer.close()
+
+    def _write(self, step: int, values: Mapping[str, float], when: float | None = None) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step, walltime=when)
+        self.writer.flush()
 
 
 def _library() -> Any:

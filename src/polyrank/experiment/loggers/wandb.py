@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
-from polyrank.experiment.loggers.logger import Open, Sitting, last_step, results
+from polyrank.experiment.loggers.logger import Open, Sitting, results
 from polyrank.files import write_text
 
 
@@ -81,7 +81,7 @@ class _WandbRun:
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            self.run.log(results(summary), step=max(last_step(summary), self.run.step))
+            self.run.summary.update(results(summary))
         self.run.finish(exit_code=0 if summary is not None else 1)
 
 
