@@ -65,7 +65,7 @@ def events(tmp_path_factory: pytest.TempPathFactory, digits_config: Config) -> t
     heard: list[Event] = []
     config = {**copy.deepcopy(digits_config), "rounds": 2, "baselines": ["single", "local"]}
     session = started(tmp_path_factory.mktemp("watched") / "run", config)
-    session.tell = heard.append
+    session.listeners.append(heard.append)
     finished(session)
     return heard, session.run.folder
 
