@@ -110,6 +110,7 @@ def _library() -> Any:
         import mlflow as library
         import mlflow.entities
     except ImportError:
-        raise ImportError("log: mlflow: needs MLflow: pip install 'polyrank[mlflow]', or mlflow") from None
+        what = "mlflow-skinny sqlalchemy alembic (the extra 'mlflow')"
+        raise ImportError(f"log: mlflow: needs MLflow: pip install {what}") from None
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # that it makes a database's tables
     return library
