@@ -39,6 +39,10 @@ ONLY_IN = {
     "huggingface_hub": {"polyrank.local.upload"},
     "opacus": {"polyrank.local.dp"},
     "pandas": {"polyrank.experiment.results"},
+    "mlflow": {"polyrank.experiment.loggers.mlflow"},
+    "tensorboard": {"polyrank.experiment.loggers.tensorboard"},
+    "torch.utils.tensorboard": {"polyrank.experiment.loggers.tensorboard"},
+    "wandb": {"polyrank.experiment.loggers.wandb"},
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {"load", "save"}  # of torch
@@ -99,8 +103,9 @@ def import_violations(module: str, imports: set[str]) -> list[str]:
                 faults.append(f"{module} imports {name}, which is not below {part!r}")
         elif part in PURE and top not in PURE_LIBRARIES | sys.stdlib_module_names:
             faults.append(f"{module} imports {top}: {part!r} is torch, numpy and the standard library")
-        elif top in ONLY_IN and module not in ONLY_IN[top]:
-            faults.append(f"{module} imports {top}, which only {', '.join(sorted(ONLY_IN[top]))} may")
+        for library, modules in ONLY_IN.items():
+            if f"{name}.".startswith(f"{library}.") and module not in modules:
+                faults.append(f"{module} imports {library}, which only {', '.join(sorted(modules))} may")
     return faults
 
 
@@ -214,6 +219,8 @@ FOREIGN = [
     ("polyrank.report.make", "def f():\n    from jinja2 import Template"),
     ("polyrank.cli.export", "from huggingface_hub import HfApi"),
     ("polyrank.report.x", "import pandas"),
+    ("polyrank.experiment.session", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
+    ("polyrank.experiment.loggers.wandb", "import mlflow"),
 ]
 ALLOWED = [
     ("polyrank.core.x", "import math, torch\nimport numpy as np\nfrom polyrank.core.rng import stream"),

@@ -52,19 +52,21 @@ def resume(
 
 def _drive(session: Session, quiet: bool, json_: bool) -> None:
     """Runs a session to its end, showing rounds as they end."""
-    from polyrank.report.terminal import Progress, headline
+    from polyrank.report.progress import Progress
+    from polyrank.report.terminal import headline
 
     silent = quiet or json_
     try:
         if not silent:
             out.print(headline(session), highlight=False, soft_wrap=True)
-        rounds, done = session.experiment.rounds, session.state.round
-        with Progress(out, rounds, done, silent=silent).shown() as progress:
+        rounds, done = session.course.rounds, session.state.round
+        with Progress(out, rounds, done, silent=silent).shown() as progress, session.logs:
+            session.listeners.append(progress.told)
             for record, seconds in session.rounds():
                 progress.add(asdict(record), seconds)
-        if not silent and session.experiment.baselines:
-            out.print(f"training the baselines: {', '.join(session.experiment.baselines)}", highlight=False)
-        summary = session.finish()
+            if session.experiment.baselines:
+                progress.note(f"training the baselines: {', '.join(session.experiment.baselines)}")
+            summary = session.finish()
     except KeyboardInterrupt:
         done, folder = session.state.round, session.run.folder
         err.print(f"interrupted after round {done}; continue with: polyrank resume {folder}", soft_wrap=True)

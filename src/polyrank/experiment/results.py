@@ -157,10 +157,11 @@ def run(
         TrainingError: if a client's loss leaves the finite numbers.
     """
     session = begin(file, overrides, out)
-    for record, seconds in session.rounds():
-        if watch is not None:
-            watch(record, seconds)
-    session.finish()
+    with session.logs:
+        for record, seconds in session.rounds():
+            if watch is not None:
+                watch(record, seconds)
+        session.finish()
     return load(session.run.folder)
 
 
