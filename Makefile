@@ -39,6 +39,7 @@ docs: $(VENV)/.dev ## the documentation, into site/
 
 unit: export OMP_NUM_THREADS := 1
 unit: export MKL_NUM_THREADS := 1
+unit: export POLYRANK_SCREENSHOTS := build/screenshots
 unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
 	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
 

@@ -10,6 +10,7 @@ from polyrank.experiment.store import Run
 
 Config = dict[str, Any]
 OF_THE_MACHINE = {"timings.jsonl", "summary.json"}  # the files that differ from sitting to sitting
+LOGS = {"mlflow", "tensorboard", "wandb"}  # and the folders
 
 
 def experiment_of(config: Config, **changes: Any) -> Experiment:
@@ -28,8 +29,9 @@ def finished(session: Session) -> dict[str, Any]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run that must not depend on how it came about."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(files.items()) if name not in OF_THE_MACHINE}
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    kept = {name: path for name, path in files.items() if str(name) not in OF_THE_MACHINE and name.parts[0] not in LOGS}
+    return {str(name): path.read_bytes() for name, path in kept.items()}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -30,11 +30,19 @@ MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
 ONLY_IN = {
-    "transformers": {"polyrank.local.hf"},
+    "transformers": {"polyrank.local.hf", "polyrank.local.processors", "polyrank.local.saved"},
     "peft": {"polyrank.local.hf"},
     "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
-    "matplotlib": {"polyrank.report.figures"},
+    "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
+    "plotly": {"polyrank.report.page"},
+    "jinja2": {"polyrank.report.page"},
+    "huggingface_hub": {"polyrank.local.upload"},
     "opacus": {"polyrank.local.dp"},
+    "pandas": {"polyrank.experiment.results"},
+    "mlflow": {"polyrank.experiment.loggers.mlflow"},
+    "tensorboard": {"polyrank.experiment.loggers.tensorboard"},
+    "torch.utils.tensorboard": {"polyrank.experiment.loggers.tensorboard"},
+    "wandb": {"polyrank.experiment.loggers.wandb"},
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {"load", "save"}  # of torch
@@ -95,8 +103,9 @@ def import_violations(module: str, imports: set[str]) -> list[str]:
                 faults.append(f"{module} imports {name}, which is not below {part!r}")
         elif part in PURE and top not in PURE_LIBRARIES | sys.stdlib_module_names:
             faults.append(f"{module} imports {top}: {part!r} is torch, numpy and the standard library")
-        elif top in ONLY_IN and module not in ONLY_IN[top]:
-            faults.append(f"{module} imports {top}, which only {', '.join(sorted(ONLY_IN[top]))} may")
+        for library, modules in ONLY_IN.items():
+            if f"{name}.".startswith(f"{library}.") and module not in modules:
+                faults.append(f"{module} imports {library}, which only {', '.join(sorted(modules))} may")
     return faults
 
 
@@ -206,6 +215,12 @@ FOREIGN = [
     ("polyrank.core.x", "import opacus"),
     ("polyrank.local.dpsgd", "def f():\n    import opacus.optimizers"),
     ("polyrank.cli", "import matplotlib.pyplot as plt"),
+    ("polyrank.report.web", "import plotly.graph_objects"),
+    ("polyrank.report.make", "def f():\n    from jinja2 import Template"),
+    ("polyrank.cli.export", "from huggingface_hub import HfApi"),
+    ("polyrank.report.x", "import pandas"),
+    ("polyrank.experiment.session", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
+    ("polyrank.experiment.loggers.wandb", "import mlflow"),
 ]
 ALLOWED = [
     ("polyrank.core.x", "import math, torch\nimport numpy as np\nfrom polyrank.core.rng import stream"),
@@ -213,6 +228,7 @@ ALLOWED = [
     ("polyrank.local.adapters", "from polyrank.files import write_json"),
     ("polyrank.data.x", "import pyarrow\nfrom polyrank.core.rng import stream"),
     ("polyrank.local.dp", "def f():\n    import opacus.optimizers"),
+    ("polyrank.local.upload", "def f():\n    from huggingface_hub import HfApi"),
     ("polyrank.local.hf", "import peft\nimport transformers\nfrom polyrank.data import text"),
     ("polyrank.engines.flower", "import flwr\nfrom polyrank.local import cohort"),
     ("polyrank.deploy.client", "import flwr\nfrom polyrank.engines import flower"),

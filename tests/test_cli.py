@@ -73,7 +73,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, digits_file: Path) -> t
 
 def test_version_and_help() -> None:
     assert done("--version").strip() == __version__
-    for command in ("run", "resume", "evaluate", "merge", "data", "list", "schema"):
+    for command in ("run", "resume", "evaluate", "export", "merge", "data", "list", "schema"):
         assert command in done("--help")
         assert "Usage" in done(command, "--help")
 

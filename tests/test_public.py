@@ -9,7 +9,7 @@ import pytest
 
 import polyrank
 
-HEAVY = ("datasets", "flwr", "matplotlib", "opacus", "peft", "torch", "transformers")
+HEAVY = ("datasets", "flwr", "matplotlib", "opacus", "pandas", "peft", "torch", "transformers")
 
 
 def by_kind(name: str) -> tuple[int, str]:

@@ -98,6 +98,8 @@ def test_classes_are_known_by_name() -> None:
         ({"data": "digits", "memory": "2"}, r"memory: '2' Value error|memory: '2' is not a quantity"),
         ({"data": "digits", "rnk": 2}, "unknown key 'rnk'. Did you mean 'rank'"),
         ({"data": {"name": "digts"}}, "Did you mean 'digits'"),
+        ({"rehearse": {"experiment": "x.yaml", "client": "y"}}, r"rehearse.experiment: .*/x.yaml: no such file"),
+        ({"data": {"name": "files", "train": "a.csv", "test": "b.csv"}}, r"data.train: .*/a.csv: no such file"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, config: dict[str, Any], said: str) -> None:

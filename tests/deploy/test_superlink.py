@@ -59,7 +59,9 @@ def simulated(folder: Path, chosen: Experiment) -> Run:
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Iterator[Deployment]:
-    made, _ = set_up(tmp_path_factory.mktemp("deployment") / "d", experiment(config), gateway=False)
+    folder = tmp_path_factory.mktemp("deployment") / "d"
+    # Under a name that is seen from here, as the command's own default is; processes of a node work elsewhere.
+    made, _ = set_up(Path(os.path.relpath(folder)), experiment(config), gateway=False)
     try:
         yield made
     finally:

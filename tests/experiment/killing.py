@@ -14,10 +14,11 @@ import sys
 import time
 from typing import Any, NoReturn
 
-import transformers.models.vit.modeling_vit  # noqa: F401 - what commands import when they run
+import torch.utils.tensorboard  # noqa: F401 - what commands import when they run
+import transformers.models.vit.modeling_vit  # noqa: F401
 
 import polyrank.experiment.session
-import polyrank.report.terminal  # noqa: F401
+import polyrank.report.progress  # noqa: F401
 from polyrank import cli
 
 Plan = dict[str, Any]

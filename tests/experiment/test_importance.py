@@ -20,6 +20,7 @@ from polyrank.experiment.session import Session
 from polyrank.experiment.shares import Shares, kept_for_importance, share_data
 from polyrank.experiment.store import Run
 from polyrank.methods.named import METHODS, fedit
+from sittings import contents
 
 Config = dict[str, Any]
 NOTE = "importance is measured in the run; the ranks shown are those of equal scores"
@@ -149,11 +150,6 @@ def test_resolved_it_is_the_same_scorer(config: Config) -> None:
 
 
 # --- runs
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {n: p.read_bytes() for n, p in sorted(files.items()) if n not in ("timings.jsonl", "summary.json")}
 
 
 def finished(session: Session) -> list[Any]:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from polyrank.data import DataError, Source, instructions, prepare_causal
 from polyrank.data.causal import IGNORED
 from polyrank.data.prompts import Prompting, Turn
-from polyrank.local.hf import ModelError, causal_processor
+from polyrank.local.hf import ModelError
+from polyrank.local.processors import causal_processor
 
 ASKED = Turn("Add {x} and y", "x = 1", "It is 2")
 BARE = Turn("Say hi", "", "Hi")

@@ -1,6 +1,19 @@
 """The command line, ``polyrank``: one function a command. Importing it adds the commands to `app`."""
 
-from polyrank.cli import runs, compare, plans, merging, catalogue, deploy, deployed  # noqa: I001 - in the order in which --help shows them
+from polyrank.cli import runs, watching, compare, report, plans, export, merging, catalogue, deploy, deployed  # noqa: I001 - in the order in which --help shows them
 from polyrank.cli.app import app, main
 
-__all__ = ["app", "catalogue", "compare", "deploy", "deployed", "main", "merging", "plans", "runs"]
+__all__ = [
+    "app",
+    "catalogue",
+    "compare",
+    "deploy",
+    "deployed",
+    "export",
+    "main",
+    "merging",
+    "plans",
+    "report",
+    "runs",
+    "watching",
+]

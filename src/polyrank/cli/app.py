@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from polyrank import __version__
+from polyrank.experiment.embedded import embedded as embedded
 
 app = typer.Typer(
     name="polyrank",
@@ -51,15 +51,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         print(__version__)
         raise typer.Exit
-
-
-def embedded(name: str) -> Path:
-    """An experiment that ships with polyrank, in an installed package or in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "experiments", package.parents[1] / "experiments"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"polyrank was installed without {name}")
 
 
 def numbers(

@@ -62,6 +62,8 @@ def compare(
         if json_:
             summaries = {cell.folder.as_posix(): study.run_of(cell).summary() for cell in study.cells}
             print(json.dumps({"study": str(where), "runs": summaries}))
+        elif not quiet and failed < total:
+            _table(where)
         if failed:
             raise typer.Exit(1)
 
@@ -90,6 +92,28 @@ def _reached(summary: dict[str, Any]) -> str:
 
     sent = size(summary["bytes_up"] + summary["bytes_down"])
     return f"{summary['final']['test']['accuracy']:.2%}, {sent} sent, {span(summary['wall_seconds'])}"
+
+
+def _table(folder: Path) -> None:
+    """What the study has shown so far, the best mean first."""
+    from rich.table import Table
+
+    from polyrank.report.gather import gather
+    from polyrank.report.tables import ordering, summarise, title, written
+
+    found = summarise(gather([folder]))
+    columns = [column for column in found.columns if column.key in ("final", "selected", "up", "down")]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("seeds", *map(title, columns)):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        cells = [written(column.kind, row.values.get(column.key)) for column in columns]
+        table.add_row(plain(row.label), row.seeds, *cells)
+    out.print(table)
+    for sentence in ordering(found):
+        out.print(plain(sentence), highlight=False, soft_wrap=True)
+    out.print(f"mean ± standard deviation over seeds; the page: polyrank report {folder}", highlight=False)
 
 
 def _plan(study: Study, json_: bool) -> None:

@@ -123,7 +123,8 @@ def demo(
         from polyrank.deploy import demo as demonstration
         from polyrank.deploy.layout import DeployError, nginx
         from polyrank.experiment.loading import load
-        from polyrank.report.terminal import Progress, results_table
+        from polyrank.report.progress import Progress
+        from polyrank.report.terminal import results_table
 
         try:
             gateway = bool(nginx())
@@ -150,7 +151,7 @@ def drive(found: Deployment, stored: Run, quiet: bool, json_: bool) -> None:
     from polyrank.cli.runs import report
     from polyrank.deploy import follow
     from polyrank.deploy.operate import online
-    from polyrank.report.terminal import Progress
+    from polyrank.report.progress import Progress
 
     silent = quiet or json_
     tell = (lambda text: None) if silent else say

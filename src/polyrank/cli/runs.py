@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, out
+from polyrank.cli.app import Json, Quiet, Set, app, err, mistakes, out
 
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
@@ -26,19 +26,9 @@ def run(
 ) -> None:
     """Run an experiment and write its adapter, records and summary to a folder."""
     with mistakes():
-        from polyrank.experiment.build import build
-        from polyrank.experiment.loading import load
-        from polyrank.experiment.machine import on_this_machine
-        from polyrank.experiment.session import Session
-        from polyrank.experiment.store import Run, check_free, free_folder
+        from polyrank.experiment.results import begin
 
-        path = file or embedded("digits.yaml")
-        if folder is not None:
-            check_free(folder)
-        experiment = on_this_machine(load(path, set_))
-        world = build(experiment)  # all that the file asks for has been found to work before a folder is made
-        stored = Run.create(folder or free_folder(path.stem), experiment)
-        _drive(Session(stored, world), quiet, json_)
+        _drive(begin(file, set_ or (), folder), quiet, json_)
 
 
 @app.command()
@@ -62,19 +52,21 @@ def resume(
 
 def _drive(session: Session, quiet: bool, json_: bool) -> None:
     """Runs a session to its end, showing rounds as they end."""
-    from polyrank.report.terminal import Progress, headline
+    from polyrank.report.progress import Progress
+    from polyrank.report.terminal import headline
 
     silent = quiet or json_
     try:
         if not silent:
             out.print(headline(session), highlight=False, soft_wrap=True)
-        rounds, done = session.experiment.rounds, session.state.round
-        with Progress(out, rounds, done, silent=silent).shown() as progress:
+        rounds, done = session.course.rounds, session.state.round
+        with Progress(out, rounds, done, silent=silent).shown() as progress, session.logs:
+            session.listeners.append(progress.told)
             for record, seconds in session.rounds():
                 progress.add(asdict(record), seconds)
-        if not silent and session.experiment.baselines:
-            out.print(f"training the baselines: {', '.join(session.experiment.baselines)}", highlight=False)
-        summary = session.finish()
+            if session.experiment.baselines:
+                progress.note(f"training the baselines: {', '.join(session.experiment.baselines)}")
+            summary = session.finish()
     except KeyboardInterrupt:
         done, folder = session.state.round, session.run.folder
         err.print(f"interrupted after round {done}; continue with: polyrank resume {folder}", soft_wrap=True)

@@ -13,7 +13,7 @@ from polyrank.data.outline import Outline, outline
 from polyrank.data.partition import Partition
 from polyrank.data.partitioners import PARTITIONERS
 from polyrank.data.prepare import ImageSplit, TextSplit, prepare_images, prepare_text
-from polyrank.data.presets import ag_news, banking77, cifar100, ledgar, sst2
+from polyrank.data.presets import HUB_NAMES, ag_news, banking77, cifar100, ledgar, sst2
 from polyrank.data.source import DataError, Dataset, Source, hold_out, limit, set_apart
 from polyrank.data.tables import files
 
@@ -31,6 +31,7 @@ DATASETS = {
 
 __all__ = [
     "DATASETS",
+    "HUB_NAMES",
     "PARTITIONERS",
     "CausalSplit",
     "DataError",

@@ -5,6 +5,15 @@ from __future__ import annotations
 from polyrank.data.hub import hub
 from polyrank.data.source import Dataset
 
+HUB_NAMES = {
+    "ag_news": "fancyzhx/ag_news",
+    "banking77": "legacy-datasets/banking77",
+    "cifar100": "uoft-cs/cifar100",
+    "ledgar": "coastalcph/lex_glue",
+    "sst2": "nyu-mll/glue",
+}
+"""What the hub calls them."""
+
 
 def ag_news() -> Dataset:
     """AG News: 120,000 news items in 4 topics, 7,600 for testing.
@@ -12,7 +21,7 @@ def ag_news() -> Dataset:
     References:
         Zhang, Zhao, LeCun: Character-level convolutional networks for text classification, arXiv:1509.01626.
     """
-    return hub(path="fancyzhx/ag_news", text="text")
+    return hub(path=HUB_NAMES["ag_news"], text="text")
 
 
 def banking77() -> Dataset:
@@ -21,7 +30,7 @@ def banking77() -> Dataset:
     References:
         Casanueva et al.: Efficient intent detection with dual sentence encoders, arXiv:2003.04807.
     """
-    return hub(path="legacy-datasets/banking77", text="text")
+    return hub(path=HUB_NAMES["banking77"], text="text")
 
 
 def cifar100() -> Dataset:
@@ -30,7 +39,7 @@ def cifar100() -> Dataset:
     References:
         Krizhevsky: Learning multiple layers of features from tiny images, 2009.
     """
-    return hub(path="uoft-cs/cifar100", image="img", label="fine_label")
+    return hub(path=HUB_NAMES["cifar100"], image="img", label="fine_label")
 
 
 def ledgar() -> Dataset:
@@ -39,7 +48,7 @@ def ledgar() -> Dataset:
     References:
         Chalkidis et al.: LexGLUE, arXiv:2110.00976.
     """
-    return hub(path="coastalcph/lex_glue", config="ledgar", text="text", validation="validation")
+    return hub(path=HUB_NAMES["ledgar"], config="ledgar", text="text", validation="validation")
 
 
 def sst2() -> Dataset:
@@ -51,4 +60,4 @@ def sst2() -> Dataset:
     References:
         Wang et al.: GLUE, arXiv:1804.07461.
     """
-    return hub(path="nyu-mll/glue", config="sst2", text="sentence", test="validation")
+    return hub(path=HUB_NAMES["sst2"], config="sst2", text="sentence", test="validation")

@@ -57,7 +57,7 @@ def set_up(folder: Path, experiment: Experiment, *, gateway: bool) -> tuple[Depl
     run = Run.create(folder / "run-deployed", experiment)
     for name in names:
         site = {"model": experiment.model.name, "device": experiment.device, "threads": 1}
-        site["rehearse"] = {"experiment": str(run.folder / "experiment.yaml"), "client": name}
+        site["rehearse"] = {"experiment": str((run.folder / "experiment.yaml").resolve()), "client": name}
         path = deployment.node(name).folder / "site.yaml"
         write_text(path, yaml.safe_dump(site, sort_keys=False))
         read_site(path)

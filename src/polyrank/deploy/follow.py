@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from polyrank.deploy import control
 from polyrank.deploy.control import ControlError
 from polyrank.deploy.layout import DeployError, Deployment
+from polyrank.experiment.following import Following
 from polyrank.experiment.store import Run
 
 COMPLETED, STOPPED, LOST = "finished:completed", "finished:stopped", "lost"
@@ -52,9 +53,9 @@ class Outcome:
 
 
 class Shown(Protocol):
-    """Who is told of rounds as they end, for example `polyrank.report.terminal.Progress`."""
+    """Who is told of rounds as they end, for example `polyrank.report.progress.Progress`."""
 
-    def add(self, record: Mapping[str, Any], seconds: float) -> None: ...
+    def add(self, record: Mapping[str, Any], seconds: float | None) -> None: ...
 
 
 def submit(deployment: Deployment, stored: Run) -> str:
@@ -116,10 +117,10 @@ def follow(deployment: Deployment, run_id: str, stored: Run, shown: Shown, first
         DeployError: if the SuperLink does not answer any more.
     """
     started = asked = heard = time.monotonic()
+    following = Following(stored.folder, first)
     while True:
-        for record, seconds in ended(stored, first):
+        for record, seconds in following.ended():
             shown.add(record, seconds)
-            first = record["round"] + 1
         now = time.monotonic()
         # Asking takes a second of processor time, so a long run is asked less often; one that seems done, soon.
         if now - asked > (1 if stored.summary_file.is_file() else min(2 + (now - started) / 20, 10)):
@@ -131,7 +132,7 @@ def follow(deployment: Deployment, run_id: str, stored: Run, shown: Shown, first
                     raise DeployError(f"the SuperLink has not answered for {_SILENCE:.0f} s: {error}") from None
             else:
                 if found is None or found[0].startswith("finished"):
-                    for record, seconds in ended(stored, first):
+                    for record, seconds in following.ended():
                         shown.add(record, seconds)
                     return _outcome(deployment, run_id, stored, found)
             asked = time.monotonic()
@@ -170,14 +171,6 @@ def drive(
             break
         say(f"{outcome}; it had got on to round {done}, so it is submitted again")
     return outcome
-
-
-def ended(stored: Run, first: int) -> Iterator[tuple[dict[str, Any], float]]:
-    """Records of the rounds from `first` on that have ended, with their seconds."""
-    seconds = {line["round"]: line["wall_seconds"] for line in stored.timings()}
-    for record in stored.records():
-        if record["round"] >= first and record["round"] in seconds:
-            yield record, seconds[record["round"]]
 
 
 def _outcome(deployment: Deployment, run_id: str, stored: Run, found: tuple[str, str] | None) -> Outcome:

@@ -24,6 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     if run.summary() is None:
         audit = Audit(run.folder / "audit.jsonl")
         session = Session(run, build_server(run.experiment(), FlowerPost(grid), audit, run.secret()))
-        for _ in session.rounds():
-            pass
-        session.finish()
+        with session.logs:
+            for _ in session.rounds():
+                pass
+            session.finish()

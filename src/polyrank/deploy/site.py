@@ -212,6 +212,10 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
         raw["data"]["train"] = data.resolve()
     config, folder = validated(SiteConfig, raw, str(path)), path.resolve().parent
     parts = {key: anchored(part, folder) for key in ("data", "rehearse") if (part := getattr(config, key)) is not None}
+    for section, part in parts.items():
+        for key, value in part:
+            if isinstance(value, Path) and not value.exists():
+                raise ConfigError(f"{path}: {section}.{key}: {value}: no such file")
     return config.model_copy(update={"model": located(config.model, folder), **parts})
 
 

@@ -22,6 +22,7 @@ from polyrank.engines.audit import Audit
 from polyrank.engines.exchange import Remote, Terms
 from polyrank.engines.post import Post
 from polyrank.engines.simulator import Simulator
+from polyrank.engines.watched import Watched
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
@@ -58,7 +59,7 @@ class World:
     base: Base
     spec: ModelSpec
     rank: int
-    clients: Simulator | Workers | Remote
+    clients: Simulator | Workers | Watched | Remote
     method: Method
     splits: Mapping[str, Split]
     held_out: Mapping[Client, Indices] | None

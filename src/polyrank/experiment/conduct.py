@@ -82,9 +82,10 @@ def _run(run: Run, experiment: Experiment, drive: Callable[[Session], dict[str, 
 
 
 def _driven(session: Session) -> dict[str, Any]:
-    for _ in session.rounds():
-        pass
-    return session.finish()
+    with session.logs:
+        for _ in session.rounds():
+            pass
+        return session.finish()
 
 
 def _attempted(run: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:

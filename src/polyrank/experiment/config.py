@@ -25,7 +25,7 @@ from polyrank.experiment.components import (
     union_of,
 )
 from polyrank.experiment.privacy import check_privacy
-from polyrank.experiment.tables import DATASETS, METHODS, PARTITIONERS, SLOTS
+from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS, SLOTS
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -276,6 +276,8 @@ class Experiment(Strict):
             ``local``, every client alone; ``zero_shot``, the model as it starts (`polyrank.experiment.regimes`).
         baselines: ``single`` and ``local`` runs at the end of a federated one, for its summary.
         study: what ``polyrank compare`` runs.
+        log: where figures of every round go besides the run's own files; ``auto``: to TensorBoard's files, where the
+            package is installed.
         expected: the figure to reach, checked by tests.
     """
 
@@ -299,6 +301,7 @@ class Experiment(Strict):
     regime: Regime = "federated"
     baselines: list[Literal["single", "local"]] = Field(default_factory=list)
     study: StudyConfig = StudyConfig()
+    log: Literal["auto"] | list[table_type(LOGGERS)] = "auto"  # type: ignore[valid-type]
     expected: Expected | None = None
 
     @model_validator(mode="after")

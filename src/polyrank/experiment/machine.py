@@ -13,6 +13,7 @@ from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs import NoFormulaError, memory
 from polyrank.experiment.components import describe
 from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.logs import openers
 from polyrank.experiment.tables import SLOTS
 from polyrank.local.grouping import TOGETHER
 from polyrank.local.measure import device_memory
@@ -22,8 +23,14 @@ from polyrank.local.optimizer import precision_on
 def on_this_machine(experiment: Experiment) -> Experiment:
     """The experiment with all decided that its file leaves to the machine: a resumed run computes as it began.
 
-    The cost model then knows whether activations are bfloat16, which ``auto`` leaves to the device.
+    The cost model then knows whether activations are bfloat16, which ``auto`` leaves to the device. Loggers that the
+    file names are found to be installed; ``log: auto`` stays, as what is installed may differ where the run goes on.
+
+    Raises:
+        ConfigError: for a device that is not there.
+        ImportError: for a logger whose package is not.
     """
+    openers(experiment)
     threads, device = experiment.threads or default_threads(), pick_device(experiment.device)
     precision = precision_on(torch.device(device), experiment.local.precision)
     local = experiment.local.model_copy(update={"precision": precision})

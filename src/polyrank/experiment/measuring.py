@@ -11,6 +11,7 @@ from polyrank.core.lowrank import Adapter, combine
 from polyrank.core.rng import stream
 from polyrank.core.roster import ascending
 from polyrank.core.types import Client
+from polyrank.engines.events import Phase, Tell, ignore
 from polyrank.experiment.build import World
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.regimes import EVERYBODY, Models, course
@@ -56,12 +57,13 @@ def on_own_data(world: World, models: Models, clients: Sequence[Client]) -> dict
     }
 
 
-def run_baselines(experiment: Experiment, world: World) -> dict[str, Any]:
-    """Test metrics of the baselines that the experiment names, trained here and now."""
+def run_baselines(experiment: Experiment, world: World, tell: Tell = ignore) -> dict[str, Any]:
+    """Test metrics of the baselines that the experiment names, trained here and now; `tell` hears how far they are."""
     results: dict[str, Any] = {}
     for regime in experiment.baselines:
         chosen = course(experiment, world, regime)
-        *_, (state, _) = chosen.steps(chosen.start)
+        for state, _ in chosen.steps(chosen.start):
+            tell(Phase(f"baseline {regime}", state.round, chosen.rounds))
         found = {client: said(world, parts, "test").metrics() for client, parts in chosen.models(state).items()}
         if EVERYBODY in found:
             results[regime] = {"test": found[EVERYBODY]}

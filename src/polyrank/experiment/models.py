@@ -11,7 +11,7 @@ from polyrank.data.prompts import Prompting
 from polyrank.data.source import Kind
 from polyrank.experiment.config import ConfigError, ModelConfig
 from polyrank.experiment.planning import BUILT_IN_MODELS
-from polyrank.local import hf
+from polyrank.local import hf, processors
 from polyrank.local.base import Base
 
 Split = TextSplit | ImageSplit | CausalSplit
@@ -22,7 +22,7 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
     if config.quantize is not None:
         raise ConfigError(f"model.quantize: {config.quantize}: plans account for it, but it cannot be run yet")
     return hf.load_base(
-        _located(config),
+        located(config),
         config.targets,
         kind=kind,
         classes=classes,
@@ -38,15 +38,16 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
 def preparer(config: ModelConfig, kind: Kind, prompting: Prompting | None = None) -> Callable[[Source], Split]:
     """What makes of a split the tensors that the model takes; `prompting` makes texts of instructions."""
     if kind == "causal":
-        causal = hf.causal_processor(_located(config), config.max_length, prompting or Prompting())
+        causal = processors.causal_processor(located(config), config.max_length, prompting or Prompting())
         return lambda source: prepare_causal(source, causal.encode, causal.pad_id, causal.fingerprint)
     if kind == "text":
-        text = hf.text_processor(_located(config), config.max_length)
+        text = processors.text_processor(located(config), config.max_length)
         return lambda source: prepare_text(source, text.encode, text.pad_id, text.fingerprint)
-    image = hf.image_processor(_located(config), config.image_size)
+    image = processors.image_processor(located(config), config.image_size)
     return lambda source: prepare_images(source, image.size, image.channels, image.mean, image.std)
 
 
-def _located(config: ModelConfig) -> str:
+def located(config: ModelConfig) -> str:
+    """The model's name as Transformers takes it: a hub name, or a folder of this machine."""
     _, folder = BUILT_IN_MODELS.get(config.name, (None, None))
     return folder() if folder else hf.locate(config.name)

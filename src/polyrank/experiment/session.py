@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,10 +16,13 @@ from polyrank import __version__
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, RoundRecord, ServerState
 from polyrank.data.source import stratified
+from polyrank.engines.events import Phase, Tell, tell_all
 from polyrank.engines.exchange import Remote
+from polyrank.engines.watched import Watched
 from polyrank.experiment.build import World, build
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.exported import read_models, write_models
+from polyrank.experiment.logs import Logs
 from polyrank.experiment.measuring import averaged, clients_evaluated, on_own_data, run_baselines, said
 from polyrank.experiment.privacy import Spent
 from polyrank.experiment.regimes import EVERYBODY, Models, course
@@ -32,19 +36,27 @@ _LIBRARIES = ("torch", "numpy", "transformers", "peft", "safetensors")
 
 
 class Session:
-    """One run, from its last checkpoint to its end."""
+    """One run, from its last checkpoint to its end.
+
+    Attributes:
+        listeners: are told what the run is doing.
+        logs: where its figures go besides its own files: a context manager, which closes them.
+    """
 
     def __init__(self, run: Run, world: World | None = None) -> None:
         self.run = run
         self.experiment: Experiment = run.experiment()
         self.world: World = world or build(self.experiment)
-        self.course = course(self.experiment, self.world)
+        self.listeners: list[Tell] = []
+        self.tell: Tell = partial(tell_all, self.listeners)
+        self.course = course(self.experiment, self._watched())
         self.state: ServerState = run.restore() or self.course.start
         self.records: list[Mapping[str, Any]] = list(run.records())
         self.validation = self._validation_subset()
         self.evaluated = clients_evaluated(self.experiment, self.world)
         e, clients = self.experiment, self.world.clients
         known = clients.known if isinstance(clients, Remote) else clients.profiles
+        self.logs = Logs(run.folder, e, len(self.world.spec.modules), known)
         self.spent = Spent(e.protection(), e.local_training(), known, self.records)
 
     def rounds(self) -> Iterator[tuple[RoundRecord, float]]:
@@ -52,6 +64,7 @@ class Session:
         e, remote = self.experiment, self.world.clients if isinstance(self.world.clients, Remote) else None
         if not remote:
             self._write_setting()
+        self.logs.open(self.records, {line["round"]: line["wall_seconds"] for line in self.run.timings()})
         started = time.monotonic()
         for state, record in self.course.steps(self.state):
             self.spent.add(record.bytes_down, record.examples)
@@ -62,16 +75,23 @@ class Session:
             if remote:
                 remote.settle(record)
             self.run.append(record, seconds)
+            self.records.append(asdict(record))
+            self.logs.add(self.records[-1], seconds)  # before the checkpoint: what a kill loses is run and told again
             self.run.save(state)
             self.state = state
-            self.records.append(asdict(record))
             yield record, seconds
             started = time.monotonic()
         if remote:
             self._write_setting()
 
+    def _watched(self) -> World:
+        """The world, with clients that tell what they do where they are here."""
+        clients = self.world.clients
+        return self.world if isinstance(clients, Remote) else replace(self.world, clients=Watched(clients, self.tell))
+
     def _evaluated(self, record: RoundRecord, models: Models) -> RoundRecord:
         """The record with what models are worth; the best on validation so far are written."""
+        self.tell(Phase("evaluation"))
         measured = self.measure(models, "validation")
         metrics = {**record.metrics, **{f"validation/{key}": value for key, value in measured.items()}}
         own = on_own_data(self.world, models, self.evaluated) if self.evaluated else {}
@@ -93,6 +113,7 @@ class Session:
         """Exports the final adapter, evaluates on the test split, trains the baselines, writes the summary."""
         e, world, state = self.experiment, self.world, self.state
         models, start = self.course.models(state), world.start
+        self.tell(Phase("test"))
         write_models(self.run.adapter, models, world.info)
         selected = self.selected()
         best = read_models(self.run.best, models) if selected else models
@@ -103,13 +124,14 @@ class Session:
             "before": {"test": self.measure({EVERYBODY: [start.folded, start.adapter]}, "test")},
             "final": {"round": state.round - 1 if state.round else None, **self._final(models)},
             "selected": {"round": selected["round"], "test": self.measure(best, "test")} if selected else None,
-            **({"baselines": run_baselines(e, world)} if e.baselines else {}),
+            **({"baselines": run_baselines(e, world, self.tell)} if e.baselines else {}),
             **({"privacy": self.promised()} if e.protection() else {}),
             "bytes_up": sum(sum(r["bytes_up"].values()) for r in self.records),
             "bytes_down": sum(sum(r["bytes_down"].values()) for r in self.records),
             "wall_seconds": round(self.run.wall_seconds(), 2),
             "environment": environment(),
         }
+        self.logs.finish(summary)
         write_json(self.run.summary_file, summary)
         return summary
 

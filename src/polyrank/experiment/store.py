@@ -4,10 +4,10 @@
     summary.json      results, versions, hardware     timings.jsonl  seconds and memory as measured
     setting.json      what rounds do not change       confusion.json of the final adapter, on the test split
     adapter/          the final adapter, PEFT format  best/          the validation-selected one
-    state/            what `polyrank resume` needs
+    state/            what `polyrank resume` needs    tensorboard/ wandb/ mlflow/   what loggers write
 
-Everything but timings.jsonl and summary.json is the same, byte for byte, whenever the same experiment runs on the
-same machine.
+Everything but timings.jsonl, summary.json and the folders of loggers is the same, byte for byte, whenever the same
+experiment runs on the same machine.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from polyrank.experiment.tables import METHODS
 from polyrank.files import write_json
 
 _REGIMES = tuple(name for name in get_args(Regime) if name != "federated")
-_MACHINES = ("device", "threads", "simulation")
-"""Sections that say how a machine computes; a study may be continued where they would be chosen differently."""
+_MACHINES = ("device", "threads", "simulation", "log")
+"""Keys that say how a machine computes, and where figures go; a study may be continued where they differ."""
 
 
 class StudyError(InputError):

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from polyrank import data, methods
+from polyrank.experiment import loggers
 
 Table = Mapping[str, Callable[..., Any]]
 
@@ -31,6 +32,7 @@ ALLOCATORS = _extended("allocators", methods.ALLOCATORS)
 DATASETS = _extended("datasets", data.DATASETS)
 DISPATCHERS = _extended("dispatchers", methods.DISPATCHERS)
 ESTIMATORS = _extended("estimators", methods.ESTIMATORS)
+LOGGERS = _extended("loggers", loggers.LOGGERS)
 METHODS = _extended("methods", methods.METHODS)
 PARTITIONERS = _extended("partitioners", data.PARTITIONERS)
 SCHEDULES = _extended("schedules", methods.SCHEDULES)
@@ -52,6 +54,7 @@ TABLES: dict[str, Table] = {
     "datasets": DATASETS,
     "dispatchers": DISPATCHERS,
     "estimators": ESTIMATORS,
+    "loggers": LOGGERS,
     "methods": METHODS,
     "partitioners": PARTITIONERS,
     "schedules": SCHEDULES,

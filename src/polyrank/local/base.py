@@ -70,7 +70,7 @@ class Base:
             head={n: named[n].numel() for n in self.head},
             architecture=architecture(model, shapes, blocks, tokens, causal=self.causal),
         )
-        conv = any(_transposed(self.modules[n]) for n in chosen)
+        conv = any(transposed(self.modules[n]) for n in chosen)
         task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM" if self.causal else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
@@ -188,7 +188,7 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    if _transposed(module):
+    if transposed(module):
         d_in, d_out = module.weight.shape
     else:
         d_out, d_in = module.out_features, module.in_features
@@ -196,9 +196,9 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _transposed(module)
+    return isinstance(module, nn.Linear) or transposed(module)
 
 
-def _transposed(module: nn.Module) -> bool:
+def transposed(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, which keeps its weight as (d_in, d_out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

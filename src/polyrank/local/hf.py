@@ -1,4 +1,4 @@
-"""The only file that knows Transformers and PEFT: base models, tokenizers, image sizes, exported adapters."""
+"""What Transformers and PEFT load: base models, tokenizers, image sizes, exported adapters. `saved` writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
-from polyrank.data.prompts import CHAT, Prompting, Turn
 from polyrank.errors import InputError
 from polyrank.local.adapters import read_adapter
 from polyrank.local.attach import Batch
@@ -96,7 +94,7 @@ def load_base(
         "label2id": {text: index for index, text in labels.items()},
         "ignore_mismatched_sizes": True,
     }
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         try:
             model, report = getattr(transformers, _AUTO[kind]).from_pretrained(
@@ -148,7 +146,7 @@ def base_from_config(
     Raises:
         ModelError: if there is no such config, or it is not one of this kind.
     """
-    with _quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
@@ -170,11 +168,16 @@ def base_from_config(
 
 
 def _with_padding(model: nn.Module) -> nn.Module:
-    """Decoders need to know which token pads a text; the end of the text does, where nothing else is said."""
-    config = model.config
+    """Decoders need to know which token pads a text."""
+    padded(model.config)
+    return model
+
+
+def padded(config: Any) -> Any:
+    """A text model's config, with a token that pads texts: their end, where nothing else is said."""
     if hasattr(config, "vocab_size") and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None) or 0
-    return model
+    return config
 
 
 def image_tokens(config: Any, image_size: int | None) -> int:
@@ -192,123 +195,6 @@ def _dtype(dtype: str, config: Any = None) -> Any:
 
 def _attention(attention: str) -> dict[str, str]:
     return {} if attention == "auto" else {"attn_implementation": attention}
-
-
-@dataclass(frozen=True)
-class TextProcessor:
-    """A tokenizer, as data preparation needs it."""
-
-    encode: Callable[[list[str]], list[list[int]]]
-    pad_id: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class CausalProcessor:
-    """A tokenizer, as the preparation of prompts and responses needs it."""
-
-    encode: Callable[[Sequence[Turn]], list[tuple[list[int], int]]]
-    pad_id: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class ImageProcessor:
-    """How images become pixel values."""
-
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def text_processor(name: str, max_length: int) -> TextProcessor:
-    """The model's tokenizer, truncating to `max_length` tokens."""
-    tokenizer = _tokenizer(name)
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    probe = encode(["The quick brown fox, 12345. Ärger 東京"])[0]
-    fingerprint = f"{name}|{len(tokenizer)}|{max_length}|{probe}"
-    return TextProcessor(encode, int(pad or 0), fingerprint)
-
-
-def causal_processor(name: str, max_length: int, prompting: Prompting) -> CausalProcessor:
-    """The model's tokenizer for prompts and responses.
-
-    A response ends with the tokenizer's end of text, if it has one. Which tokens are learnt follows from where they
-    stand in the text: those that reach beyond the prompt. Texts are cut on the right, to `max_length` tokens.
-    """
-    tokenizer = _tokenizer(name)
-    if prompting.template == CHAT and not tokenizer.chat_template:
-        raise ModelError(f"data.template: chat: the tokenizer of {name!r} has no chat template; name another")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def one(turn: Turn) -> tuple[list[int], int]:
-        if prompting.template == CHAT:
-            ids, first = _chat(tokenizer, turn)
-        else:
-            ids, first = _located_response(tokenizer, prompting.prompt(turn), turn.response)
-            ids = [*ids, *end] if turn.response and ids[-1:] != end else ids
-        return ids[:max_length], 0 if prompting.train_on_inputs else min(first, max_length)
-
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    probe = one(Turn("The quick brown fox", "12345. Ärger 東京", "Yes."))
-    return CausalProcessor(
-        lambda turns: [one(turn) for turn in turns],
-        int(pad),
-        f"{name}|{len(tokenizer)}|{max_length}|{prompting}|{probe}",
-    )
-
-
-def _located_response(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """The tokens of a prompt and its response, and the first that reaches into the response."""
-    if not tokenizer.is_fast:  # it cannot say where its tokens stand
-        before = tokenizer(prompt)["input_ids"] if prompt else []
-        return tokenizer(prompt + response)["input_ids"], len(before)
-    found = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
-    ends = [end for _, end in found["offset_mapping"]]
-    reaching = (place for place, end in enumerate(ends) if end > len(prompt))
-    return found["input_ids"], next(reaching, len(ends))
-
-
-def _chat(tokenizer: Any, turn: Turn) -> tuple[list[int], int]:
-    """A turn by the tokenizer's chat template; what the template says before an answer is the prompt."""
-    asked = [{"role": "user", "content": "\n\n".join(part for part in (turn.instruction, turn.input) if part)}]
-    answered = [*asked, {"role": "assistant", "content": turn.response}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    if not whole.startswith(prompt):  # templates may word a finished answer differently; what both share is asked
-        prompt = prompt[: next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))]
-    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    reaching = (place for place, (_, end) in enumerate(found["offset_mapping"]) if end > len(prompt))
-    return found["input_ids"], next(reaching, len(found["input_ids"]))
-
-
-def _tokenizer(name: str) -> Any:
-    with _quiet():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.name: {name!r} has no tokenizer: {error}") from None
-
-
-def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:
-    """Size, channels and normalisation that the model was trained with; 0.5 where it does not say."""
-    with _quiet():
-        config = transformers.AutoConfig.from_pretrained(name)
-        try:
-            stated, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-        except OSError:
-            stated = {}
-    channels = int(getattr(config, "num_channels", 3))
-    size = image_size or getattr(config, "image_size", None)
-    if size is None:
-        raise ModelError(f"model.image_size: {name!r} does not state an image size; give one")
-    mean, std = stated.get("image_mean") or [0.5] * channels, stated.get("image_std") or [0.5] * channels
-    return ImageProcessor(int(size), channels, tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def small_vit_config(
@@ -329,14 +215,14 @@ def small_vit_config(
 
 def random_vit(config: Any, rng: np.random.Generator) -> nn.Module:
     """A ViT classifier of this config with weights drawn from `rng`."""
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         return transformers.ViTForImageClassification(config)
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
     """Writes a model as Transformers reads it."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
 
 
@@ -348,14 +234,14 @@ def load_exported(base: Base, folder: Path) -> Callable[[Batch], Tensor]:
     """
     if base.info.fan_in_fan_out and read_adapter(folder)[1].rank is not None:
         raise ModelError(f"{folder}: PEFT has no LoKr for Conv1D layers, GPT-2's, so it cannot load this adapter")
-    with _quiet(), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base.model, str(folder)).to(base.device).eval()
     return lambda batch: model(**base.inputs(batch)).logits
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading without progress bars and without warnings about the new head, which is expected."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()

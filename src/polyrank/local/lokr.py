@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyrank.core.lokr import Shape, lokr_parameters
+from polyrank.core.lowrank import precision
 from polyrank.core.rng import torch_generator
 
 _SCALE = "lokr_scale"
@@ -42,6 +43,11 @@ class LoKr:
         """The smallest r at which w2 is not factored: half its larger side."""
         k, n = self.w2.shape if isinstance(self.w2, Tensor) else (self.w2[0].shape[0], self.w2[1].shape[1])
         return (max(k, n) + 1) // 2
+
+    def delta(self) -> Tensor:
+        """The d_out x d_in matrix itself, in at least float32. For tests and export only."""
+        w2 = self.w2 if isinstance(self.w2, Tensor) else _float(self.w2[0]) @ _float(self.w2[1])
+        return self.scale * torch.kron(_float(self.w1), _float(w2))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ (scale * kron(w1, w2)).T``, without the d_out x d_in matrix.
@@ -118,6 +124,10 @@ def grouped(dense: Mapping[str, Tensor], stacks: bool = False) -> dict[str, LoKr
         if factor in _FACTORS:
             parts.setdefault(module, {})[factor] = tensor
     return {module: _layer(module, own, (2, 3) if stacks else (2,)) for module, own in parts.items()}
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.to(precision(tensor))
 
 
 def _layer(module: str, parts: Mapping[str, Tensor], dimensions: tuple[int, ...]) -> LoKr:

@@ -1,24 +1,18 @@
-"""What the terminal shows: live rounds, tables, a heat map."""
+"""What the terminal shows of results: tables, a heat map, figures for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
 
 _SHADES = " ░▒▓█"
-_ROWS_SHOWN = 12
-_COLUMNS = ("round", "clients", "loss", "validation", "up", "down", "took", "left")
 
 
 def size(count: float) -> str:
@@ -37,58 +31,6 @@ def span(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-class Progress:
-    """Rounds as they end: a live table in a terminal, a line each elsewhere, nothing when silent."""
-
-    def __init__(self, console: Console, rounds: int, done: int, *, silent: bool = False) -> None:
-        self.console, self.rounds, self.done, self.silent = console, rounds, done, silent
-        self.rows: list[dict[str, str]] = []
-        self.seconds: list[float] = []
-        self.live: Live | None = None
-
-    @contextmanager
-    def shown(self) -> Iterator[Progress]:
-        """Shows the table until the context ends."""
-        if self.silent or not self.console.is_terminal:
-            yield self
-            return
-        with Live(self._table(), console=self.console, refresh_per_second=4) as self.live:
-            yield self
-
-    def add(self, record: Mapping[str, Any], seconds: float) -> None:
-        """One more round."""
-        self.seconds.append(seconds)
-        self.done = record["round"] + 1
-        left = float(np.median(self.seconds)) * (self.rounds - self.done)
-        losses, accuracy = list(record["losses"].values()), record["metrics"].get("validation/accuracy")
-        row = {
-            "round": f"{self.done}/{self.rounds}",
-            "clients": f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
-            "loss": f"{np.mean(losses):.4f}" if losses else "-",
-            "validation": f"{accuracy:.2%}" if accuracy is not None else "-",
-            **epsilons({key: record["metrics"].get(f"privacy/{key}") for key in ("clients", "examples")}),
-            "up": size(sum(record["bytes_up"].values())),
-            "down": size(sum(record["bytes_down"].values())),
-            "took": span(seconds),
-            "left": span(left),
-        }
-        self.rows.append(row)
-        if self.live is not None:
-            self.live.update(self._table())
-        elif not self.silent:
-            line = "  ".join(f"{name} {value}" for name, value in row.items())
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _table(self) -> Group:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in self.rows[-1] if self.rows else _COLUMNS:
-            table.add_column(name, justify="right")
-        for row in self.rows[-_ROWS_SHOWN:]:
-            table.add_row(*row.values())
-        full = round(30 * self.done / self.rounds)
-        return Group(table, Text("━" * full, "green") + Text("━" * (30 - full), "dim"))
 
 
 def epsilons(spent: Mapping[str, float | None]) -> dict[str, str]:

@@ -1,0 +1,129 @@
+"""Tokenizers and image sizes of a model, as the preparation of data needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+
+from polyrank.data.prompts import CHAT, Prompting, Turn
+from polyrank.local.hf import ModelError, quiet
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """A tokenizer, as data preparation needs it."""
+
+    encode: Callable[[list[str]], list[list[int]]]
+    pad_id: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class CausalProcessor:
+    """A tokenizer, as the preparation of prompts and responses needs it."""
+
+    encode: Callable[[Sequence[Turn]], list[tuple[list[int], int]]]
+    pad_id: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """How images become pixel values."""
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def text_processor(name: str, max_length: int) -> TextProcessor:
+    """The model's tokenizer, truncating to `max_length` tokens."""
+    tokenizer = _tokenizer(name)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    probe = encode(["The quick brown fox, 12345. Ärger 東京"])[0]
+    fingerprint = f"{name}|{len(tokenizer)}|{max_length}|{probe}"
+    return TextProcessor(encode, int(pad or 0), fingerprint)
+
+
+def causal_processor(name: str, max_length: int, prompting: Prompting) -> CausalProcessor:
+    """The model's tokenizer for prompts and responses.
+
+    A response ends with the tokenizer's end of text, if it has one. Which tokens are learnt follows from where they
+    stand in the text: those that reach beyond the prompt. Texts are cut on the right, to `max_length` tokens.
+    """
+    tokenizer = _tokenizer(name)
+    if prompting.template == CHAT and not tokenizer.chat_template:
+        raise ModelError(f"data.template: chat: the tokenizer of {name!r} has no chat template; name another")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def one(turn: Turn) -> tuple[list[int], int]:
+        if prompting.template == CHAT:
+            ids, first = _chat(tokenizer, turn)
+        else:
+            ids, first = _located_response(tokenizer, prompting.prompt(turn), turn.response)
+            ids = [*ids, *end] if turn.response and ids[-1:] != end else ids
+        return ids[:max_length], 0 if prompting.train_on_inputs else min(first, max_length)
+
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    probe = one(Turn("The quick brown fox", "12345. Ärger 東京", "Yes."))
+    return CausalProcessor(
+        lambda turns: [one(turn) for turn in turns],
+        int(pad),
+        f"{name}|{len(tokenizer)}|{max_length}|{prompting}|{probe}",
+    )
+
+
+def _located_response(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
+    """The tokens of a prompt and its response, and the first that reaches into the response."""
+    if not tokenizer.is_fast:  # it cannot say where its tokens stand
+        before = tokenizer(prompt)["input_ids"] if prompt else []
+        return tokenizer(prompt + response)["input_ids"], len(before)
+    found = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
+    ends = [end for _, end in found["offset_mapping"]]
+    reaching = (place for place, end in enumerate(ends) if end > len(prompt))
+    return found["input_ids"], next(reaching, len(ends))
+
+
+def _chat(tokenizer: Any, turn: Turn) -> tuple[list[int], int]:
+    """A turn by the tokenizer's chat template; what the template says before an answer is the prompt."""
+    asked = [{"role": "user", "content": "\n\n".join(part for part in (turn.instruction, turn.input) if part)}]
+    answered = [*asked, {"role": "assistant", "content": turn.response}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    if not whole.startswith(prompt):  # templates may word a finished answer differently; what both share is asked
+        prompt = prompt[: next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))]
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    reaching = (place for place, (_, end) in enumerate(found["offset_mapping"]) if end > len(prompt))
+    return found["input_ids"], next(reaching, len(found["input_ids"]))
+
+
+def _tokenizer(name: str) -> Any:
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.name: {name!r} has no tokenizer: {error}") from None
+
+
+def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:
+    """Size, channels and normalisation that the model was trained with; 0.5 where it does not say."""
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(name)
+        try:
+            stated, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+        except OSError:
+            stated = {}
+    channels = int(getattr(config, "num_channels", 3))
+    size = image_size or getattr(config, "image_size", None)
+    if size is None:
+        raise ModelError(f"model.image_size: {name!r} does not state an image size; give one")
+    mean, std = stated.get("image_mean") or [0.5] * channels, stated.get("image_std") or [0.5] * channels
+    return ImageProcessor(int(size), channels, tuple(map(float, mean)), tuple(map(float, std)))
