@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from polyrank.data import DataError, Source, instructions, prepare_causal
 from polyrank.data.causal import IGNORED
-from polyrank.data.prompts import Prompting, Turn
+from polyrank.data.prompts import prompt_of
+from polyrank.data.source import Prompting, Turn
 from polyrank.local.hf import ModelError
 from polyrank.local.processors import causal_processor
 
@@ -69,12 +70,12 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_templates(template: str, begins: str, ends: str) -> None:
     """Braces in the data are text."""
-    prompt = Prompting(template).prompt(ASKED)
+    prompt = prompt_of(template, ASKED)
     assert prompt.startswith(begins)
     assert prompt.endswith(ends)
     assert prompt.count("Add {x} and y") == prompt.count("x = 1") == 1
-    assert "x = 1" not in Prompting(template).prompt(BARE)
-    assert Prompting(template).prompt(Turn("", "", "All the world's a stage")) == ""
+    assert "x = 1" not in prompt_of(template, BARE)
+    assert prompt_of(template, Turn("", "", "All the world's a stage")) == ""
 
 
 def test_the_response_is_learnt_with_the_end_of_text(tmp_path: Path) -> None:
@@ -196,4 +197,4 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     own.write_text(json.dumps({"with_input": "Q {instruction} {input} A ", "without_input": "Q {instruction} A "}))
     found = instructions(train=path, test=path, template=str(own))
     assert found.prompting is not None
-    assert found.prompting.prompt(BARE) == "Q Say hi A "
+    assert prompt_of(found.prompting.template, BARE) == "Q Say hi A "

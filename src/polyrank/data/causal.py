@@ -11,8 +11,7 @@ import torch
 
 from polyrank.data.cache import cache_path, log, replacing
 from polyrank.data.prepare import read_arrays_of
-from polyrank.data.prompts import Turn
-from polyrank.data.source import Source
+from polyrank.data.source import Source, Turn
 
 IGNORED = -100
 """The label of a token that nothing is asked of."""

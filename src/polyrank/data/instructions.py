@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from polyrank.data.formats import column_names, read_table, require_columns
-from polyrank.data.prompts import Prompting, Turn, check_template
-from polyrank.data.source import DataError, Dataset, Source
+from polyrank.data.prompts import check_template
+from polyrank.data.source import DataError, Dataset, Prompting, Source, Turn
 from polyrank.data.tables import plain_column
 
 

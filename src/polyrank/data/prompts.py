@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-from polyrank.data.source import DataError, unknown
+from polyrank.data.source import DataError, Turn, unknown
 
 FOLDER = Path(__file__).with_name("templates")
 CHAT = "chat"
 
 
-class Turn(NamedTuple):
-    """An example: what is asked, what it is asked about, and what is answered. Plain text is a response alone."""
-
-    instruction: str
-    input: str
-    response: str
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """How examples become text.
-
-    Attributes:
-        template: a name in ``templates/``, a JSON file like those, or ``chat``: the tokenizer's own chat template.
-        train_on_inputs: whether the prompt is learnt as well, and not the response alone.
-    """
-
-    template: str = "alpaca"
-    train_on_inputs: bool = False
-
-    def prompt(self, turn: Turn) -> str:
-        """What stands before the response; nothing before plain text. For any template but ``chat``."""
-        if not (turn.instruction or turn.input):
-            return ""
-        forms = _read(self.template)
-        form = forms["with_input" if turn.input else "without_input"]
-        # One pass, so that braces in the data stay as they are.
-        head, _, tail = form.partition("{instruction}")
-        return head.replace("{input}", turn.input) + turn.instruction + tail.replace("{input}", turn.input)
+def prompt_of(template: str, turn: Turn) -> str:
+    """What stands before the response; nothing before plain text. For any template but ``chat``."""
+    if not (turn.instruction or turn.input):
+        return ""
+    form = _read(template)["with_input" if turn.input else "without_input"]
+    # One pass, so that braces in the data stay as they are.
+    head, _, tail = form.partition("{instruction}")
+    return head.replace("{input}", turn.input) + turn.instruction + tail.replace("{input}", turn.input)
 
 
 def check_template(template: str) -> None:

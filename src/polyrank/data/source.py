@@ -5,14 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from polyrank.errors import InputError
-
-if TYPE_CHECKING:
-    from polyrank.data.prompts import Prompting, Turn
 
 Kind = Literal["text", "image", "causal"]
 """What a model is given and asked: a text's class, an image's class, or a text's next tokens."""
@@ -33,6 +30,27 @@ def unknown(what: str, value: object, valid: Iterable[object], where: str = "") 
     hint = f"; did you mean {near[0]!r}?" if near else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return DataError(f"{where + ': ' if where else ''}no {what} {str(value)!r}{hint} There are: {shown or 'none'}")
+
+
+class Turn(NamedTuple):
+    """An example: what is asked, what it is asked about, and what is answered. Plain text is a response alone."""
+
+    instruction: str
+    input: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How examples become text.
+
+    Attributes:
+        template: a name in ``templates/``, a JSON file like those, or ``chat``: the tokenizer's own chat template.
+        train_on_inputs: whether the prompt is learnt as well, and not the response alone.
+    """
+
+    template: str = "alpaca"
+    train_on_inputs: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_causal, prepare_images, prepare_text
-from polyrank.data.prompts import Prompting
-from polyrank.data.source import Kind
+from polyrank.data.source import Kind, Prompting
 from polyrank.experiment.config import ConfigError, ModelConfig
 from polyrank.experiment.planning import BUILT_IN_MODELS
 from polyrank.local import hf, processors

@@ -8,7 +8,8 @@ from typing import Any
 
 import transformers
 
-from polyrank.data.prompts import CHAT, Prompting, Turn
+from polyrank.data.prompts import CHAT, prompt_of
+from polyrank.data.source import Prompting, Turn
 from polyrank.local.hf import ModelError, quiet
 
 
@@ -68,7 +69,7 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
         if prompting.template == CHAT:
             ids, first = _chat(tokenizer, turn)
         else:
-            ids, first = _located_response(tokenizer, prompting.prompt(turn), turn.response)
+            ids, first = _located_response(tokenizer, prompt_of(prompting.template, turn), turn.response)
             ids = [*ids, *end] if turn.response and ids[-1:] != end else ids
         return ids[:max_length], 0 if prompting.train_on_inputs else min(first, max_length)
 
