@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from polyrank.data.formats import require_columns
 from polyrank.data.source import DataError, Dataset, unknown
 from polyrank.data.tables import from_table, to_dataset, wanted_columns
@@ -44,17 +46,31 @@ def hub(
         DataError: if the data set cannot be loaded, or for a split, column or value that cannot be used.
     """
     wanted = wanted_columns(text, image, label, columns)
-    loaded = _load(path, name=config, revision=revision, data_files=data_files)
     splits = [split for split in (train, validation, test) if split is not None]
+    options = {"name": config, "revision": revision, "data_files": data_files}
+    tables = hub_tables(path, splits, wanted.all, **options)
+    return to_dataset(path, wanted.kind, [from_table(table, wanted, where) for where, table in tables], classes)
+
+
+def hub_tables(path: str, splits: list[str], columns: list[str], **options: Any) -> list[tuple[str, pa.Table]]:
+    """What each split is called in messages, and its columns.
+
+    Args:
+        path: the name on the hub.
+        splits: their names.
+        columns: to read of each.
+        options: of `datasets.load_dataset`.
+
+    Raises:
+        DataError: if the data set cannot be loaded, or for a split or column that it does not have.
+    """
+    loaded = _load(path, **options)
     for split in splits:
         if split not in loaded:
             raise unknown("split", split, loaded, path)
-        require_columns(wanted.all, loaded[split].column_names, f"{path}, split {split!r}")
-    raws = []
-    for split in splits:
-        table = loaded[split].select_columns(wanted.all).with_format("arrow")[:]
-        raws.append(from_table(table, wanted, f"{path}, split {split!r}"))
-    return to_dataset(path, wanted.kind, raws, classes)
+        require_columns(columns, loaded[split].column_names, f"{path}, split {split!r}")
+    chosen = {split: loaded[split].select_columns(columns).with_format("arrow") for split in splits}
+    return [(f"{path}, split {split!r}", table[:]) for split, table in chosen.items()]
 
 
 def _load(path: str, **options: Any) -> Any:

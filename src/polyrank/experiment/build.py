@@ -18,6 +18,7 @@ from polyrank.core.architecture import ModelSpec
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, Query, ServerState
+from polyrank.data import CausalSplit, warn_of_silent
 from polyrank.engines.audit import Audit
 from polyrank.engines.exchange import Remote, Terms
 from polyrank.engines.post import Post
@@ -190,6 +191,9 @@ def _ground(experiment: Experiment) -> _Ground:
     if dataset.importance is not None:
         sources["importance"] = dataset.importance
     splits = {split: prepare(source) for split, source in sources.items()}
+    for name, split in splits.items():
+        if isinstance(split, CausalSplit):
+            warn_of_silent(split, name, experiment.model.max_length)
     return _Ground(base, completed(base.spec, experiment, method), rank, method, shares, splits)
 
 
