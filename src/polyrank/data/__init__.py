@@ -12,6 +12,7 @@ from polyrank.data.instructions import hub_instructions, instructions
 from polyrank.data.outline import Outline, outline
 from polyrank.data.partition import Partition
 from polyrank.data.partitioners import PARTITIONERS
+from polyrank.data.per_client import per_client, refuse_used, write_per_client
 from polyrank.data.prepare import ImageSplit, TextSplit, prepare_images, prepare_text
 from polyrank.data.presets import (
     HUB_NAMES,
@@ -40,6 +41,7 @@ DATASETS = {
     "instructions": instructions,
     "ledgar": ledgar,
     "natural_instructions": natural_instructions,
+    "per_client": per_client,
     "sst2": sst2,
 }
 
@@ -63,10 +65,13 @@ __all__ = [
     "instructions",
     "limit",
     "outline",
+    "per_client",
     "prepare_causal",
     "prepare_images",
     "prepare_text",
     "public_digits",
+    "refuse_used",
     "set_apart",
     "warn_of_silent",
+    "write_per_client",
 ]

@@ -132,7 +132,7 @@ def hub_instructions(
 def of_turns(
     name: str, tables: list[tuple[str, pa.Table]], fields: Fields, prompting: Prompting, *, validated: bool
 ) -> Dataset:
-    """A data set from train, validation (if `validated`) and test (if there is one more), each with where it is from."""
+    """A data set of train, validation (if `validated`) and test (if there is one more), each with where it is from."""
     found = [_categories(table, fields.label, where) for where, table in tables]
     names = sorted({str(value) for values in found for value in np.unique(values)})
     number = {category: index for index, category in enumerate(names)}

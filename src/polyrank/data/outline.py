@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet
 
 from polyrank.data.formats import kind_of
+from polyrank.data.per_client import read_manifest
 from polyrank.data.source import DataError, Kind
 
 
@@ -53,8 +54,19 @@ def outline(name: str, options: Mapping[str, Any]) -> Outline:
         return _KNOWN[name]
     if name in ("hub_instructions", "instructions"):
         return Outline("causal", None, _left(_rows(options.get("train")), options))
+    if name == "per_client":
+        return _exported(options.get("folder"))
     kind: Kind = "image" if options.get("image") else "text"
     return Outline(kind, _classes(options.get("classes")), _rows(options.get("train")))
+
+
+def _exported(folder: Path | None) -> Outline:
+    if folder is None:
+        return Outline("text")
+    manifest = read_manifest(folder)
+    examples = sum(entry["examples"] for entry in manifest["clients"].values())
+    classes = manifest["data"].get("classes")
+    return Outline(manifest["kind"], len(classes) if classes else None, examples)
 
 
 def _left(rows: int | None, options: Mapping[str, Any]) -> int | None:

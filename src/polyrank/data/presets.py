@@ -39,9 +39,7 @@ def alpaca(*, template: Template = "alpaca", train_on_inputs: bool = False) -> D
     References:
         Taori et al.: Stanford Alpaca, an instruction-following LLaMA model, 2023.
     """
-    return hub_instructions(
-        path=HUB_NAMES["alpaca"], input="input", template=template, train_on_inputs=train_on_inputs
-    )
+    return hub_instructions(path=HUB_NAMES["alpaca"], input="input", template=template, train_on_inputs=train_on_inputs)
 
 
 def banking77() -> Dataset:
@@ -72,8 +70,14 @@ def dolly(*, template: Template = "alpaca", train_on_inputs: bool = False) -> Da
     References:
         Conover et al.: Free Dolly, the world's first truly open instruction-tuned LLM, 2023.
     """
-    columns = {"input": "context", "response": "response", "label": "category"}
-    return hub_instructions(path=HUB_NAMES["dolly"], **columns, template=template, train_on_inputs=train_on_inputs)
+    return hub_instructions(
+        path=HUB_NAMES["dolly"],
+        input="context",
+        response="response",
+        label="category",
+        template=template,
+        train_on_inputs=train_on_inputs,
+    )
 
 
 def ledgar() -> Dataset:
@@ -97,10 +101,11 @@ def natural_instructions(*, template: Template = "alpaca", train_on_inputs: bool
     References:
         Wang et al.: Super-NaturalInstructions, arXiv:2204.07705.
     """
-    columns = {"instruction": "definition", "input": "inputs", "response": "targets"}
     return hub_instructions(
         path=HUB_NAMES["natural_instructions"],
-        **columns,
+        instruction="definition",
+        input="inputs",
+        response="targets",
         columns=["task_name"],
         test="test",
         template=template,

@@ -65,8 +65,9 @@ def _read(template: str) -> dict[str, str]:
                 raise DataError(f"data.template: {path}: {key} must be a text with {{{field}}} in it, once")
         strange = [field for field in _FIELD.findall(str(form)) if field not in fields]
         if strange:
+            valid = " and ".join(f"{{{field}}}" for field in fields)
             raise DataError(
-                f"data.template: {path}: {key} names {{{strange[0]}}}, which nothing fills in; its fields are"
-                f" {' and '.join(f'{{{field}}}' for field in fields)} (data.instruction and data.input name their columns)"
+                f"data.template: {path}: {key} names {{{strange[0]}}}, which nothing fills in; its fields are {valid}"
+                " (data.instruction and data.input name the columns that do)"
             )
     return forms

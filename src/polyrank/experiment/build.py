@@ -27,7 +27,7 @@ from polyrank.engines.watched import Watched
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
-from polyrank.experiment.models import Split, load_base, preparer
+from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import check_stated_ranks, completed, describe, group_budgets, server_rank
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
@@ -139,6 +139,8 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
     kept = {"targets", "dtype", "attention", "image_size", "max_length"}
     model = experiment.model.model_dump(include=kept) | {"kind": dataset.kind, "classes": list(dataset.classes)}
+    if dataset.prompting is not None:  # a causal model has no classes; the site's file names columns and template
+        model |= {"classes": [], "prompting": prompting_of(dataset.prompting)}
 
     def measure(query: Query, state: ServerState) -> dict[str, float]:
         if holdout is None:
