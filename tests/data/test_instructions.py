@@ -162,6 +162,15 @@ def test_templates_that_do_not_fit(tmp_path: Path) -> None:
     assert instructions(train=path, test=path, template=braces).prompting == Prompting(str(braces))
 
 
+def test_only_train_needs_the_columns_that_are_kept(tmp_path: Path) -> None:
+    path, other = array(tmp_path / "a.json"), array(tmp_path / "b.json", [{"instruction": "x", "output": "y"}])
+    found = instructions(train=path, test=other, validation=other, columns=["id"])
+    assert found.train.columns["id"].tolist() == [7, 8, 9]
+    assert (found.test.columns, found.validation.columns) == ({}, {})
+    with pytest.raises(DataError, match=r"b\.json: no column 'id'"):
+        instructions(train=other, test=path, columns=["id"])
+
+
 def test_a_template_that_uses_the_input_needs_no_column_for_it(tmp_path: Path) -> None:
     path = array(tmp_path / "a.json")
     assert instructions(train=path, test=path).train.inputs[0] == Turn("Add", "", "3")

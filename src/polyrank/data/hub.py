@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -48,29 +49,30 @@ def hub(
     wanted = wanted_columns(text, image, label, columns)
     splits = [split for split in (train, validation, test) if split is not None]
     options = {"name": config, "revision": revision, "data_files": data_files}
-    tables = hub_tables(path, splits, wanted.all, **options)
+    tables = hub_tables(path, [(split, wanted.all) for split in splits], **options)
     return to_dataset(path, wanted.kind, [from_table(table, wanted, where) for where, table in tables], classes)
 
 
-def hub_tables(path: str, splits: list[str], columns: list[str], **options: Any) -> list[tuple[str, pa.Table]]:
-    """What each split is called in messages, and its columns.
+def hub_tables(path: str, wanted: Sequence[tuple[str, list[str]]], **options: Any) -> list[tuple[str, pa.Table]]:
+    """What each wanted split is called in messages, and its columns.
 
     Args:
         path: the name on the hub.
-        splits: their names.
-        columns: to read of each.
+        wanted: splits, each with the columns to read.
         options: of `datasets.load_dataset`.
 
     Raises:
         DataError: if the data set cannot be loaded, or for a split or column that it does not have.
     """
     loaded = _load(path, **options)
-    for split in splits:
+    for split, columns in wanted:
         if split not in loaded:
             raise unknown("split", split, loaded, path)
         require_columns(columns, loaded[split].column_names, f"{path}, split {split!r}")
-    chosen = {split: loaded[split].select_columns(columns).with_format("arrow") for split in splits}
-    return [(f"{path}, split {split!r}", table[:]) for split, table in chosen.items()]
+    return [
+        (f"{path}, split {split!r}", loaded[split].select_columns(columns).with_format("arrow")[:])
+        for split, columns in wanted
+    ]
 
 
 def _load(path: str, **options: Any) -> Any:

@@ -32,9 +32,14 @@ class Fields(NamedTuple):
         return [name for name in (self.instruction, self.input, self.response) if name is not None]
 
     @property
+    def needed(self) -> list[str]:
+        """The columns that every split must have, once each."""
+        return list(dict.fromkeys([*self.texts, *([self.label] if self.label else [])]))
+
+    @property
     def all(self) -> list[str]:
-        """Every column to read, once each."""
-        return list(dict.fromkeys([*self.texts, *([self.label] if self.label else []), *self.others]))
+        """The columns of train, which is shared by some of them, once each."""
+        return list(dict.fromkeys([*self.needed, *self.others]))
 
 
 def instructions(
@@ -61,7 +66,7 @@ def instructions(
         instruction: the column of instructions; None: plain text, all of it learnt.
         input: the column of what an instruction is about; empty where it stands alone.
         label: a column of categories, by which partitioners such as `dirichlet` split; no model learns it.
-        columns: other columns to keep, for example the one that names natural clients.
+        columns: other columns of train to keep, for example the one that names natural clients.
         template: ``alpaca``, ``alpaca_short``, ``vigogne``, ``plain``, ``chat`` (the tokenizer's own), or a JSON file
             with ``with_input`` and ``without_input``.
         train_on_inputs: whether prompts are learnt as well.
@@ -72,10 +77,11 @@ def instructions(
     """
     fields = Fields(response, instruction, input, label, list(columns or []))
     prompting = _prompting(template, train_on_inputs, fields)
+    wanted = {Path(path): fields.needed for path in (validation, test) if path is not None} | {Path(train): fields.all}
+    for path, names in wanted.items():
+        require_columns(names, column_names(path), str(path))
     paths = [Path(path) for path in (train, validation, test) if path is not None]
-    for path in paths:
-        require_columns(fields.all, column_names(path), str(path))
-    tables = [(str(path), read_table(path, fields.all, fields.texts)) for path in paths]
+    tables = [(str(path), read_table(path, wanted[path], fields.texts)) for path in paths]
     made = of_turns("instructions", tables, fields, prompting, validated=validation is not None)
     return made if test else with_test(made, test_share)
 
@@ -107,7 +113,7 @@ def hub_instructions(
         instruction: the column of instructions; None: plain text, all of it learnt.
         input: the column of what an instruction is about; empty where it stands alone.
         label: a column of categories, by which partitioners such as `dirichlet` split; no model learns it.
-        columns: other columns to keep, for example the one that names natural clients.
+        columns: other columns of train to keep, for example the one that names natural clients.
         template: as in `instructions`.
         train_on_inputs: whether prompts are learnt as well.
         train: the split that is divided among the clients.
@@ -122,9 +128,9 @@ def hub_instructions(
     """
     fields = Fields(response, instruction, input, label, list(columns or []))
     prompting = _prompting(template, train_on_inputs, fields)
-    splits = [split for split in (train, validation, test) if split is not None]
+    wanted = [(train, fields.all), *((split, fields.needed) for split in (validation, test) if split is not None)]
     options = {"name": config, "revision": revision, "data_files": data_files}
-    tables = hub_tables(path, splits, fields.all, **options)
+    tables = hub_tables(path, wanted, **options)
     made = of_turns(path, tables, fields, prompting, validated=validation is not None)
     return made if test else with_test(made, test_share)
 
@@ -141,7 +147,9 @@ def of_turns(
         if not len(table):
             raise DataError(f"{where}: no examples")
         labels = np.array([number[str(value)] for value in values.tolist()], np.int64)
-        kept = {other: plain_column(table[other], other, where) for other in fields.others}
+        kept = {
+            other: plain_column(table[other], other, where) for other in fields.others if other in table.column_names
+        }
         sources.append(Source(_turns(table, fields, where), labels, kept))
     nothing = sources[0].select(np.empty(0, np.int64))
     validation = sources[1] if validated else nothing

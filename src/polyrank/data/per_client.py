@@ -164,7 +164,7 @@ def _instructions(
     fields = Fields(*(options[key] for key in ("response", "instruction", "input", "label", "columns")))
     prompting = Prompting(options["template"], options["train_on_inputs"])
     read = [read_table(path, fields.all, fields.texts) for path in parts]
-    held = [(str(path), read_table(path, fields.all, fields.texts)) for path in others]
+    held = [(str(path), read_table(path, fields.needed, fields.texts)) for path in others]
     tables = [(str(parts[0].parent), pa.concat_tables(read)), *held]
     return of_turns(name, tables, fields, prompting, validated=len(held) == 2), [len(table) for table in read]
 
@@ -219,8 +219,8 @@ def _write(path: Path, source: Source, classes: Sequence[str], columns: Mapping[
 
 def _safe(client: str, taken: set[str]) -> str:
     """A file's name for a client that every file system takes; one that had to be changed ends with a hash."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", client)[:_LONGEST].strip("._-")
-    usable = name and name == client and name.split(".")[0].upper() not in _RESERVED
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", client)[:_LONGEST].strip("_-")
+    usable = name and name == client and name.upper() not in _RESERVED
     digest, length = hashlib.sha256(client.encode()).hexdigest(), 8
     found = name if usable else f"{name or 'client'}-{digest[:length]}"
     while found.casefold() in taken:
