@@ -21,6 +21,7 @@ from polyrank.core.rng import stream, torch_generator
 from polyrank.core.types import ClientProfile, LocalTraining, ModelSpec, ServerState, Task, Update
 from polyrank.experiment.build import build
 from polyrank.experiment.loading import parse
+from polyrank.experiment.regimes import EVERYBODY
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 from polyrank.local.optimizer import optimizer_of
@@ -339,7 +340,7 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
         session = Session(Run.create(folder / name, experiment), world)
         due = [POISONED] if times is not None and "norm" in trust else []
         assert all(list(record.refused) == due for record, _ in session.rounds())
-        return float(session.measure([session.state.folded, session.state.adapter], "test")["accuracy"])
+        return float(session.measure({EVERYBODY: [session.state.folded, session.state.adapter]}, "test")["accuracy"])
 
     return run
 

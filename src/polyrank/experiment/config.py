@@ -374,6 +374,12 @@ def _stated(value: Any, plain: Any) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of the file, for editors."""
+    """The JSON schema of the file, for editors. A file that extends another may leave out whole sections."""
     schema = TypeAdapter(Experiment).json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyrank experiment", **schema}
+    whole = {"required": schema.pop("required")}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A file beside this one, which it goes on from.",
+    }
+    ways = {"anyOf": [whole, {"required": ["extends"]}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyrank experiment", **schema, **ways}

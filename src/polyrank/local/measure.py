@@ -61,7 +61,7 @@ def saved_tensors(parameters: list[Tensor]) -> Iterator[Kept]:
             seen.add(storage.data_ptr())
             alive.append(tensor.detach())
             kept.nbytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, a result that its own operation saves would never be let go
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
