@@ -47,3 +47,16 @@ def test_a_shared_prompt_changes_no_score(family: str, tokens: int) -> None:
     for own, expected in zip(found.sums, due, strict=True):
         assert own == pytest.approx(expected, abs=1e-4)
     assert not np.allclose(np.concatenate(found.sums), np.concatenate(without.sums), atol=1e-2)
+
+
+def test_accuracies() -> None:
+    """By hand: the sum prefers long choices less than the mean over characters or tokens does."""
+    one = Choices(((1, 4), (1, 5, 6, 7)), (1, 1), (2, 9), 1, "a")
+    two = Choices(((1, 4, 4), (1, 5)), (1, 1), (8, 1), 0, "b")
+    found = Likelihoods([one, two], [np.array([-2.0, -3.0]), np.array([-4.0, -4.5])]).metrics()
+    assert found["accuracy"] == 0.5
+    assert found["accuracy_norm"] == found["accuracy_token"] == 1.0
+    assert found["error"] == pytest.approx(np.std([0, 1], ddof=1) / 2**0.5)
+    assert found["chance"] == 0.5
+    assert found["questions"] == 2
+    assert found["subjects"]["a"] == {"accuracy": 0.0, "accuracy_norm": 1.0, "accuracy_token": 1.0, "questions": 1}

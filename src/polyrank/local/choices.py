@@ -138,13 +138,13 @@ def _scored(model: nn.Module, questions: Sequence[Choices], pad_id: int) -> list
     whose = [place for place, question in enumerate(questions) for _ in question.rows]
     rest = [row[question.shared :] for question in questions for row in question.rows]
     starts = [start - question.shared for question in questions for start in question.starts]
-    ids, mask = _filled(rest, pad_id, left=False)
+    ids, mask = filled(rest, pad_id, left=False)
     position = torch.arange(ids.shape[1])
     asked = mask.bool() & (position >= torch.tensor(starts)[:, None])
     labels = torch.where(asked, ids, IGNORED)
     call: dict[str, Any] = {}
     if questions[0].shared:
-        prompts, before = _filled([question.rows[0][: question.shared] for question in questions], pad_id, left=True)
+        prompts, before = filled([question.rows[0][: question.shared] for question in questions], pad_id, left=True)
         call = _remembered(model, prompts.to(device), before.to(device), torch.tensor(whose, device=device))
         mask = torch.cat([before[whose], mask], 1)
     found = model(**_inputs(model, ids.to(device), mask.to(device)), **call, use_cache=bool(call))
@@ -173,7 +173,7 @@ def _takes(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _filled(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+def filled(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
     """Rows of token ids of one length, and a mask of what is no padding, both int64."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id)
