@@ -1,10 +1,10 @@
-"""Multiple choice: shared prompts and batches change no score, for any family; accuracies are lm-evaluation-harness's."""
+"""Multiple choice: shared prompts and batches change no score of any family."""
 
 import numpy as np
 import pytest
 import torch
-from local.test_causal import FAMILIES, VOCABULARY, adapter_of, base_of
 
+from local.test_causal import FAMILIES, VOCABULARY, adapter_of, base_of
 from polyrank.core.lowrank import Adapter
 from polyrank.local.choices import Choices, Likelihoods, likelihoods
 
@@ -20,7 +20,7 @@ def questions(count: int = 9) -> list[Choices]:
         ends[-1] = [*ends[0], 5]  # begins as another one does
         rows = tuple((*prompt, *end) for end in ends)
         sizes = tuple(len(end) * 3 + 1 for end in ends)
-        found.append(Choices(rows, (len(prompt),) * len(rows), sizes, number % len(rows), "even odd".split()[number % 2]))
+        found.append(Choices(rows, (len(prompt),) * len(rows), sizes, number % len(rows), ["even", "odd"][number % 2]))
     return found
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from local.test_causal import FAMILIES, VOCABULARY, adapter_of, base_of
 
+from local.test_causal import FAMILIES, VOCABULARY, adapter_of, base_of
 from polyrank.core.lowrank import Adapter
 from polyrank.local.adapters import write_adapter
 from polyrank.local.generate import Decoding, closeness, generate

@@ -1,4 +1,4 @@
-"""Questions with choices, from files of any of the usual layouts: the answer by index, by letter or in its own words."""
+"""Questions with choices, from files of the usual layouts: the answer by index, by letter or in its own words."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ rounding.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +44,8 @@ class Choices:
     @property
     def shared(self) -> int:
         """Tokens that run once: those that all rows begin with, up to the last one before a choice."""
-        return min(len(os.path.commonprefix(list(self.rows))), *self.starts) - 1
+        alike = [len(set(tokens)) == 1 for tokens in zip(*self.rows, strict=False)]
+        return min([*alike, False].index(False), *self.starts) - 1
 
     @property
     def longest(self) -> int:

@@ -82,10 +82,8 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
     )
 
 
-def located_response(
-    tokenizer: Any, prompt: str, response: str, *, special: bool = True
-) -> tuple[list[int], int]:
-    """The tokens of a prompt and its response, `special` ones included, and the first that reaches into the response."""
+def located_response(tokenizer: Any, prompt: str, response: str, *, special: bool = True) -> tuple[list[int], int]:
+    """The tokens of a prompt and its response, with `special` ones, and the first that reaches into the response."""
     if not tokenizer.is_fast:  # it cannot say where its tokens stand
         before = tokenizer(prompt, add_special_tokens=special)["input_ids"] if prompt else []
         return tokenizer(prompt + response, add_special_tokens=special)["input_ids"], len(before)
