@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from polyrank.core.lowrank import Adapter, combine
@@ -15,11 +17,15 @@ from polyrank.core.types import Client
 from polyrank.data.choices import read_questions
 from polyrank.data.source import DataError, Dataset, Prompting, Turn
 from polyrank.experiment.config import ConfigError, Experiment
-from polyrank.experiment.models import located
+from polyrank.experiment.machine import default_threads, pick_device
+from polyrank.experiment.models import load_base, located
 from polyrank.experiment.questions import ChoicesConfig, GenerateConfig
+from polyrank.experiment.store import Run, RunError
+from polyrank.local.adapters import CONFIG, read_adapter
 from polyrank.local.base import Base
 from polyrank.local.choices import Choices, likelihoods
-from polyrank.local.generate import closeness, generate
+from polyrank.local.generate import Decoding, closeness, generate
+from polyrank.local.hf import load_exported
 from polyrank.local.processors import causal_processor
 from polyrank.local.prompter import Prompter, positions
 
@@ -74,7 +80,7 @@ class Language:
         ids = [prompt.ids for prompt in self.prompts]
         ends = self.prompter.ends(model)
         kept = generate(model, ids, self.generation.decoding(), ends=ends, pad_id=self.prompter.pad_id, seeds=seeds)
-        answers = [self.prompter.text(own) for own in kept]
+        answers = [self.prompter.answer(*pair) for pair in zip(ids, kept, strict=True)]
         found["generate"] = closeness(answers, [prompt.reference for prompt in self.prompts])
         return found, answers
 
@@ -151,7 +157,67 @@ def prompt_of(prompter: Prompter, turn: Turn, prompt_tokens: int, most: int) -> 
         return Prompt(text, prompter.ids(text)[-most:], turn.response)
     ids = prompter.ids(turn.response)
     first = min(prompt_tokens, most, max(len(ids) // 2, 1))
-    return Prompt(prompter.text(ids[:first]), ids[:first], prompter.text(ids[first:]))
+    return Prompt(prompter.text(ids[:first]), ids[:first], prompter.answer(ids[:first], ids[first:]))
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A run's exported adapter on its base, loaded by PEFT, with its tokenizer.
+
+    Attributes:
+        experiment: what was run.
+        adapter: the adapter's folder.
+        base: the base, which carries the adapter.
+        prompter: makes prompts as in training.
+        plain: whether it was trained on plain text, which has no template.
+    """
+
+    experiment: Experiment
+    adapter: Path
+    base: Base
+    prompter: Prompter
+    plain: bool
+
+    def choose(self, config: ChoicesConfig) -> Found:
+        """What it is worth by a file of questions."""
+        template = config.template or self.prompter.template
+        causal_processor(located(self.experiment.model), 1, Prompting(template))
+        prompter = Prompter(located(self.experiment.model), template)
+        asked = questions(config, prompter, self.base, self.experiment.seed)
+        return likelihoods(self.base.model, asked, prompter.pad_id).metrics()
+
+    def answers(self, turns: Sequence[Turn], decoding: Decoding, seed: int, *, raw: bool = False) -> list[str]:
+        """What it answers to instructions; `raw`: what it goes on with, as for a model of plain text."""
+        texts = [t.instruction if raw or self.plain else self.prompter.prompt(t) for t in turns]
+        most = positions(self.base.model) - decoding.max_tokens
+        if most < 1:
+            raise ConfigError(f"--tokens: {decoding.max_tokens}: the model has {most + decoding.max_tokens} positions")
+        ids = [self.prompter.ids(text)[-most:] for text in texts]
+        seeds = [int(stream(seed, "generate", n).integers(2**31)) for n in range(len(ids))]
+        ends, pad = self.prompter.ends(self.base.model), self.prompter.pad_id
+        kept = generate(self.base.model, ids, decoding, ends=ends, pad_id=pad, seeds=seeds)
+        return [self.prompter.answer(*pair) for pair in zip(ids, kept, strict=True)]
+
+
+def speaker(run: Run, adapter: Path) -> Speaker:
+    """The model of a run with one of its adapters; no data is read.
+
+    Raises:
+        RunError: if there is no such adapter.
+        ConfigError: if it is not of a causal language model.
+    """
+    if not (adapter / CONFIG).is_file():
+        raise RunError(f"{run.folder}: has no {adapter.name}/ yet; `polyrank resume {run.folder}` finishes the run")
+    experiment = run.experiment()
+    if read_adapter(adapter)[1].task != "CAUSAL_LM":
+        raise ConfigError(f"{run.folder}: its model tells classes; only a causal language model can be asked this")
+    torch.set_num_threads(experiment.threads or default_threads())
+    device = pick_device(experiment.device)
+    base = load_base(experiment.model, "causal", (), device, stream(experiment.seed, "head"))
+    load_exported(base, adapter)
+    data: Any = experiment.data
+    prompter = Prompter(located(experiment.model), getattr(data, "template", Prompting().template))
+    return Speaker(experiment, adapter, base, prompter, getattr(data, "instruction", "") is None)
 
 
 def flat(found: Found) -> dict[str, float]:

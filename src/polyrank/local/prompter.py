@@ -57,6 +57,11 @@ class Prompter:
         """Text without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def answer(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """What tokens add to the text of a prompt: by themselves, some tokenizers take a space from their beginning."""
+        before, whole = self.text(prompt), self.text([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.text(ids)
+
     def ends(self, model: nn.Module) -> list[int]:
         """The tokens that end a text: the tokenizer's, and those that the model's generation config names."""
         config: Any = getattr(model, "generation_config", None)
