@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from local.test_prompts import WORDS, tokenizer
 from typer.testing import CliRunner
 
+from local.test_prompts import WORDS, tokenizer
 from polyrank.cli import app
 from polyrank.data.choices import Layout, read_questions
 from polyrank.data.source import DataError
