@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from polyrank.report.goal import goal_of
+
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
 
@@ -62,23 +64,45 @@ def outcome(summary: Mapping[str, Any], adapter: Path) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """Test accuracy before and after, and of the baselines."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("test accuracy")
-    table.add_column("", justify="right")
-    final, selected, baselines = summary["final"], summary["selected"], summary.get("baselines", {})
-    table.add_row("before", f"{summary['before']['test']['accuracy']:.2%}")
-    table.add_row(f"{summary['method']}, final round", f"[bold]{final['test']['accuracy']:.2%}[/]")
+    """What the test split says before and after, and of the baselines; and what a language model is asked besides."""
+    goal, final, selected = goal_of(summary["final"]["test"]), summary["final"], summary["selected"]
+    rows = [("before", summary["before"]), (f"{summary['method']}, final round", final)]
     if selected and selected["round"] != final["round"]:
-        name = f"{summary['method']}, round {selected['round'] + 1} (best on validation)"
-        table.add_row(name, f"{selected['test']['accuracy']:.2%}")
+        rows.append((f"{summary['method']}, round {selected['round'] + 1} (best on validation)", selected))
+    baselines = summary.get("baselines", {})
     if "local" in baselines:
         local = baselines["local"]
-        table.add_row(f"best single client ({local['best']})", f"{local['test']['accuracy']:.2%}")
-        table.add_row("mean of single clients", f"{local['mean_accuracy']:.2%}")
+        rows.append((f"best single client ({local['best']})", local))
+        rows.append(("mean of single clients", {"test": {goal.key: local.get(f"mean_{goal.key}")}}))
     if "single" in baselines:
-        table.add_row("centralised (pooled data)", f"{baselines['single']['test']['accuracy']:.2%}")
+        rows.append(("centralised (pooled data)", baselines["single"]))
+    asked = [column for column in _ASKED if any(_found(own, column[1:]) is not None for _, own in rows)]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(f"test {goal.axis}")
+    table.add_column("", justify="right")
+    for title, *_ in asked:
+        table.add_column(title, justify="right")
+    for name, own in rows:
+        cells = [(column[0], _found(own, column[1:])) for column in asked]
+        written = ["" if v is None else f"{v:.2f}" if t == "perplexity" else f"{v:.2%}" for t, v in cells]
+        value = goal.text(own["test"])
+        table.add_row(name, f"[bold]{value}[/]" if own is final else value, *written)
     return table
+
+
+_ASKED = (
+    ("perplexity", "test", "perplexity"),
+    ("multiple choice", "choices", "accuracy"),
+    ("by character", "choices", "accuracy_norm"),
+    ("exact match", "generate", "exact_match"),
+    ("ROUGE-L", "generate", "rougeL"),
+)
+"""Further figures of language models: the title, and where they are in a part of the summary."""
+
+
+def _found(own: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    part, key = path
+    return (own.get(part) or {}).get(key)
 
 
 def heat_map(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from polyrank.experiment.following import Following
+from polyrank.report.goal import goal_of
 from polyrank.report.terminal import span
 
 
@@ -18,10 +19,11 @@ def standing(found: Mapping[str, Any]) -> str:
     Args:
         found: what `polyrank.experiment.following.described` says of it.
     """
-    accuracy = found["metrics"].get("validation/accuracy")
-    measured = f", validation {accuracy:.2%}" if accuracy is not None else ""
+    reached = goal_of(found["metrics"], "validation/").text(found["metrics"], "validation/")
+    measured = f", validation {reached}" if reached != "-" else ""
     if found["state"] == "finished":
-        return f"done, test {found['summary']['final']['test']['accuracy']:.2%}"
+        test = found["summary"]["final"]["test"]
+        return f"done, test {goal_of(test).text(test)}"
     if found["state"] == "waiting":
         return "waiting"
     words = f"round {found['round']} of {found['rounds']}{measured}"
