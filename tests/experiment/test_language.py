@@ -1,6 +1,7 @@
 """What a language model is asked before and after a run, from the file to the summary, and by command on its own."""
 
 import importlib.util
+import io
 import json
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from local.test_prompts import WORDS, tokenizer
@@ -18,6 +20,10 @@ from polyrank.cli import app
 from polyrank.data.choices import Layout, read_questions
 from polyrank.data.source import DataError
 from polyrank.experiment.store import Run
+from polyrank.report.gather import gather
+from polyrank.report.page import page
+from polyrank.report.tables import summarise
+from polyrank.report.terminal import results_table
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 
@@ -133,6 +139,48 @@ def test_commands_find_the_same_on_the_exported_adapter(finished: tuple[Path, di
     assert samples[0]["selected"].strip() in shown.output
     found = printed("evaluate", folder)
     assert found["perplexity"] == pytest.approx(summary["final"]["test"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [[], ["--merge"]])
+def test_an_exports_card_lets_it_answer(
+    finished: tuple[Path, dict[str, Any]], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, summary = finished
+    assert invoke("export", folder, "--out", tmp_path / "out", *options).exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert f"| final | {summary['final']['choices']['accuracy']:.4f} |" in card
+    assert f"{summary['final']['test']['perplexity']:.4f}" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
+    told: dict[str, Any] = {"print": lambda text: told.update(text=text)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of Transformers
+        exec(code, told)
+    answers = printed("generate", folder, "--prompt", "An instruction of yours.", "--tokens", 40)["answers"]
+    assert told["text"] == answers[0]["answer"].lstrip()
+
+
+def test_the_report_is_of_nats_per_token(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    folder, summary = finished
+    gathered = gather([folder])
+    table = summarise(gathered)
+    titles = [column.title for column in table.columns]
+    assert titles[:3] == ["nats per token, final", "nats per token, selected", "perplexity"]
+    assert "multiple choice" in titles
+    assert table.rows[0].method == "fedit"  # the untrained model is below, though its figure is the larger one
+    text = page(gathered, table)
+    assert f"reached {summary['final']['test']['loss']:.3f} nats" in text
+    assert 'id="samples"' in text
+    assert summary["final"]["clients"].keys() == gathered.runs[0].rounds[-1].clients.keys()
+    worst = max(own["loss"] for own in summary["final"]["clients"].values())
+    assert table.rows[0].values["worst"].mean == worst
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(results_table(summary))
+    printed_table = shown.file.getvalue()
+    assert "test loss, nats per token" in printed_table
+    assert f"{summary['before']['choices']['accuracy']:.2%}" in printed_table
 
 
 def test_mistakes_are_found_before_training(tmp_path: Path) -> None:

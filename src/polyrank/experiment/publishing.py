@@ -79,8 +79,14 @@ class Export:
 
     @property
     def kind(self) -> Kind:
-        """What the model classifies."""
-        return "text" if self.info.task == "SEQ_CLS" else "image"
+        """What the model is given and asked."""
+        kinds: dict[str | None, Kind] = {"SEQ_CLS": "text", "CAUSAL_LM": "causal"}
+        return kinds.get(self.info.task, "image")
+
+    @property
+    def classes(self) -> list[str]:
+        """What the model tells apart; a language model nothing."""
+        return [] if self.kind == "causal" else list(self.setting["classes"])
 
     @property
     def faithful(self) -> bool:
@@ -165,18 +171,18 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
     model, source = export.experiment.model, located(export.experiment.model)
     if export.merged is None:
         write_adapter(folder, export.adapter, replace(export.info, base=base or source))
-        save_config(source, folder, export.setting["classes"])
+        save_config(source, folder, export.classes)
     else:
         export = _merge(export, folder)
-    if export.kind == "text":
-        save_tokenizer(source, folder, model.max_length)
+    if export.kind != "image":
+        save_tokenizer(source, folder, model.max_length if export.kind == "text" else None)
         return export
     return replace(export, channels=save_image_processor(source, folder, model.image_size).channels)
 
 
 def _merge(export: Export, folder: Path) -> Export:
     """Loads the base, adds the adapter to its weights, and writes them."""
-    experiment, classes = export.experiment, export.setting["classes"]
+    experiment, classes = export.experiment, export.classes
     base = load_base(experiment.model, export.kind, classes, "cpu", stream(experiment.seed, "head"))
     missing = sorted(set(base.head) - export.adapter.dense.keys())
     if missing:

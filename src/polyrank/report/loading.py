@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from polyrank.data.prompts import CHAT, prompt_of
+from polyrank.data.source import Turn
 from polyrank.experiment.publishing import Export
 
 
@@ -33,6 +36,7 @@ TASKS = {
         (),
         'prepare(["A text of yours."], truncation=True, padding=True, return_tensors="pt")',
     ),
+    "causal": Task("text-generation", "AutoModelForCausalLM", "AutoTokenizer", (), ""),
     "image": Task(
         "image-classification",
         "AutoModelForImageClassification",
@@ -58,13 +62,18 @@ def loading_code(export: Export, repo: str | None = None) -> str:
     else:
         dtype = "" if model.dtype == "auto" else f', dtype="{model.dtype}"'
         imports = ["from peft import PeftConfig, PeftModel"]
-        imports += [f"from transformers import AutoConfig, {task.inputs}, {task.model}"]
+        classifies = export.kind != "causal"
+        names = [*(["AutoConfig"] if classifies else []), task.inputs, task.model]
+        imports += [f"from transformers import {', '.join(sorted(names))}"]
+        own = ", config=config, ignore_mismatched_sizes=True" if classifies else ""
         load = [
             "base = PeftConfig.from_pretrained(place).base_model_name_or_path",
-            "config = AutoConfig.from_pretrained(place)  # the base's, with these classes",
-            f"model = {task.model}.from_pretrained(base, config=config, ignore_mismatched_sizes=True{dtype})",
+            *(["config = AutoConfig.from_pretrained(place)  # the base's, with these classes"] if classifies else []),
+            f"model = {task.model}.from_pretrained(base{own}{dtype})",
             "model = PeftModel.from_pretrained(model, place).eval()",
         ]
+    if export.kind == "causal":
+        return "\n".join(["import torch", *imports, "", f"place = {place}", *load, *_generating(export)]) + "\n"
     resized = export.kind == "image" and model.image_size is not None and not export.merged
     lines = [
         "import torch",
@@ -81,3 +90,26 @@ def loading_code(export: Export, repo: str | None = None) -> str:
         "print(model.config.id2label[int(logits.argmax())])",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _generating(export: Export) -> list[str]:
+    """Lines that let a language model answer, with the prompt that it was trained with."""
+    data: Any = export.experiment.data
+    template, plain = getattr(data, "template", None), getattr(data, "instruction", "") is None
+    known = template not in (None, CHAT) and not plain
+    prompt = prompt_of(template, Turn("An instruction of yours.", "", "")) if known else "A text of yours."
+    first = [f"prompt = {prompt!r}"]
+    if template == CHAT and not plain:
+        first = [
+            'asked = [{"role": "user", "content": "An instruction of yours."}]',
+            "prompt = prepare.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)",
+        ]
+    return [
+        "prepare = AutoTokenizer.from_pretrained(place)",
+        "",
+        *first,
+        f'ids = prepare(prompt, add_special_tokens={template != CHAT or plain}, return_tensors="pt")["input_ids"]',
+        "with torch.inference_mode():",
+        "    answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)",
+        "print(prepare.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
+    ]
