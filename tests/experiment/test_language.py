@@ -64,7 +64,7 @@ def experiment(folder: Path, **evaluate: Any) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=24,
-        max_position_embeddings=48,
+        max_position_embeddings=96,
         initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
@@ -157,8 +157,8 @@ def test_an_exports_card_lets_it_answer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of Transformers
         exec(code, told)
-    answers = printed("generate", folder, "--prompt", "An instruction of yours.", "--tokens", 40)["answers"]
-    assert told["text"] == answers[0]["answer"].lstrip()
+    answers = printed("generate", folder, "--prompt", "Name three colours.", "--tokens", 60)["answers"]
+    assert told["text"].endswith(answers[0]["answer"])
 
 
 def test_the_report_is_of_nats_per_token(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -184,10 +184,10 @@ def test_the_report_is_of_nats_per_token(finished: tuple[Path, dict[str, Any]], 
 
 
 def test_mistakes_are_found_before_training(tmp_path: Path) -> None:
-    path = experiment(tmp_path, generate={"max_tokens": 48})
+    path = experiment(tmp_path, generate={"max_tokens": 96})
     result = invoke("run", path, "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert "evaluate.generate.max_tokens: 48 leaves no room for a prompt: the model has 48 positions" in result.output
+    assert "evaluate.generate.max_tokens: 96 leaves no room for a prompt: the model has 96 positions" in result.output
     result = invoke("run", path, "--out", tmp_path / "b", "--set", "evaluate.choices.file=choice.jsonl")
     assert "choice.jsonl: no such file; did you mean" in result.output
     result = invoke("run", path, "--out", tmp_path / "c", "--set", "evaluate.choices.answer=reply")

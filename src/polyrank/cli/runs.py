@@ -131,6 +131,7 @@ def evaluate(
         if json_:
             print(json.dumps({"run": str(folder), "adapter": str(adapter), "split": split, **metrics}))
         else:
-            told = f"{split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}"
-            more = f", perplexity {metrics['perplexity']:.2f}" if "perplexity" in metrics else ""
-            out.print(f"{told}{more} ({adapter})", highlight=False, soft_wrap=True)
+            shown = f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}"
+            if "perplexity" in metrics:
+                shown = f"{metrics['loss']:.4f} nats per token, perplexity {metrics['perplexity']:.2f}"
+            out.print(f"{split} {shown} ({adapter})", highlight=False)

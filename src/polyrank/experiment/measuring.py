@@ -70,6 +70,6 @@ def run_baselines(experiment: Experiment, world: World, tell: Tell = ignore) -> 
             continue
         best = max(found, key=lambda client: worth(found[client]))
         mean = averaged(list(found.values()))
-        means = {f"mean_{key}": mean[key] for key in ("accuracy", "loss")}
-        results[regime] = {"best": best, "test": found[best], **means, "clients": found}
+        results[regime] = {"best": best, "test": found[best], "mean": mean, "clients": found}
+        results[regime]["mean_accuracy"] = mean["accuracy"]
     return results

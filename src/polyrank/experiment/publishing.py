@@ -80,13 +80,7 @@ class Export:
     @property
     def kind(self) -> Kind:
         """What the model is given and asked."""
-        kinds: dict[str | None, Kind] = {"SEQ_CLS": "text", "CAUSAL_LM": "causal"}
-        return kinds.get(self.info.task, "image")
-
-    @property
-    def classes(self) -> list[str]:
-        """What the model tells apart; a language model nothing."""
-        return [] if self.kind == "causal" else list(self.setting["classes"])
+        return {"SEQ_CLS": "text", "CAUSAL_LM": "causal"}.get(self.info.task or "", "image")  # type: ignore[return-value]
 
     @property
     def faithful(self) -> bool:
@@ -171,7 +165,7 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
     model, source = export.experiment.model, located(export.experiment.model)
     if export.merged is None:
         write_adapter(folder, export.adapter, replace(export.info, base=base or source))
-        save_config(source, folder, export.classes)
+        save_config(source, folder, None if export.kind == "causal" else export.setting["classes"])
     else:
         export = _merge(export, folder)
     if export.kind != "image":
@@ -182,7 +176,7 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
 
 def _merge(export: Export, folder: Path) -> Export:
     """Loads the base, adds the adapter to its weights, and writes them."""
-    experiment, classes = export.experiment, export.classes
+    experiment, classes = export.experiment, export.setting["classes"]
     base = load_base(experiment.model, export.kind, classes, "cpu", stream(experiment.seed, "head"))
     missing = sorted(set(base.head) - export.adapter.dense.keys())
     if missing:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,14 +21,19 @@ from polyrank.report.loading import TASKS, loading_code
 from polyrank.report.terminal import size
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_METRICS = {"accuracy": "accuracy", "loss": "loss", "macro_f1": "macro F1", "mcc": "Matthews correlation"}
-_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
-_LANGUAGE_METRICS = {"loss": "nats per token", "perplexity": "perplexity", "accuracy": "token accuracy"}
-_LANGUAGE_HUB = {"perplexity": "perplexity"}
+_METRICS = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "macro_f1": "macro F1",
+    "mcc": "Matthews correlation",
+}
 _ASKED = {
     "choices": {"accuracy": "multiple choice", "accuracy_norm": "by character", "chance": "guessing"},
     "generate": {"exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
 }
+_MODELS = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
+_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "perplexity": "perplexity"}
 _OPEN = "*To be filled in by who publishes this.*"
 
 
@@ -102,21 +106,15 @@ def _index(export: Export, dataset: str | None) -> list[dict[str, Any]]:
     """The figures as the hub reads them; of what is exported, and of the round beside it."""
     name, summary = export.setting["data"], export.summary
     rounds = {"final round": summary["final"], "round selected on validation": summary["selected"]}
-    hub = _LANGUAGE_HUB if export.kind == "causal" else _HUB_METRICS
     found = [
-        {"type": kind, "value": round(of["test"][key], 4), "name": f"Test {_named(export)[key]}, {which}"}
+        {"type": kind, "value": round(of["test"][key], 4), "name": f"Test {_METRICS[key]}, {which}"}
         for which, of in rounds.items()
-        for key, kind in hub.items()
+        for key, kind in _HUB_METRICS.items()
         if of and key in of["test"]
     ]
     task = {"type": TASKS[export.kind].tag}
     result = {"task": task, "dataset": {"name": name, "type": dataset or name, "split": "test"}, "metrics": found}
     return [{"name": _title(export), "results": [result]}]
-
-
-def _named(export: Export) -> Mapping[str, str]:
-    """The metrics that the card shows, and their names."""
-    return _LANGUAGE_METRICS if export.kind == "causal" else _METRICS
 
 
 def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
@@ -126,9 +124,8 @@ def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
     regime = export.experiment.regime
     run = "federated run" if regime == "federated" else f"`{regime}` run, which is none of a federation"
     if export.merged:
-        model = "causal language model" if export.kind == "causal" else f"{export.kind} classifier"
         yield (
-            f"A {model}: {base} with the {which} {what} adapter of a {run} merged into its "
+            f"A {_MODELS[export.kind]}: {base} with the {which} {what} adapter of a {run} merged into its "
             f"weights ({export.merged}). It needs Transformers and nothing else."
         )
     else:
@@ -137,9 +134,10 @@ def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
         worst, error = cut.worst
         lost = f"at a relative error of {cut.overall:.2e} overall and {error:.2e} in the worst layer, `{worst}`"
         yield f"Every layer is its best approximation of rank at most {cut.rank}" + (f", {lost}." if error else ".")
-    classes = export.classes
     if export.kind == "causal":
+        yield "It goes on with texts; losses and accuracy below are per token."
         return
+    classes = list(export.setting["classes"])
     shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     yield f"{len(classes)} classes: {shown}. Their names are in `config.json`."
 
@@ -154,10 +152,9 @@ def _unpublished(name: str) -> str:
 
 def _prepared(export: Export) -> str:
     if export.kind == "causal":
-        template = getattr(export.experiment.data, "template", None)
-        plain = getattr(export.experiment.data, "instruction", "") is None
-        prompts = f", with prompts of the template `{Path(template).stem}`" if template and not plain else ""
-        return f"It was trained on texts of at most {export.experiment.model.max_length} tokens{prompts}."
+        data: Any = export.experiment.data
+        how = "Texts as they are" if data.instruction is None else f"Prompts by the template `{data.template}`"
+        return f"{how}, cut at {export.experiment.model.max_length} tokens in training."
     if export.kind == "text":
         return f"Texts are cut at {export.experiment.model.max_length} tokens, as in training."
     grey = " They are grey, of mode L: pipelines, which make them RGB, do not fit." if export.channels == 1 else ""
@@ -216,19 +213,17 @@ def _results(export: Export) -> Iterator[str]:
     rows = [("before", summary["before"]["test"]), (f"final, after {summary['rounds']} rounds", final["test"])]
     if selected:
         rows.append((f"selected on validation, after {selected['round'] + 1} rounds", selected["test"]))
-    beside = {"single": "baseline: one adapter on the pooled data", "local": "baseline: best client alone"}
+    names = {"single": "baseline: one adapter on the pooled data", "local": "baseline: best client alone"}
     baselines = {name: found["test"] for name, found in summary.get("baselines", {}).items() if "test" in found}
-    rows += [(beside.get(name, f"baseline: {name}"), found) for name, found in baselines.items()]
-    if "mean_accuracy" in summary.get("baselines", {}).get("local", {}):
-        means = summary["baselines"]["local"]
-        alone = {key: means[f"mean_{key}"] for key in ("accuracy", "loss") if f"mean_{key}" in means}
-        rows.append(("baseline: mean of clients alone", alone))
-    names = _named(export)
-    columns = [key for key in names if key in final["test"]]
+    rows += [(names.get(name, f"baseline: {name}"), found) for name, found in baselines.items()]
+    alone = summary.get("baselines", {}).get("local", {})
+    if "mean_accuracy" in alone:
+        rows.append(("baseline: mean of clients alone", alone.get("mean", {"accuracy": alone["mean_accuracy"]})))
+    columns = [key for key in _METRICS if key in final["test"]]
     which = "selected" if export.selected else "final"
     yield f"On the test split, which was read once, at the end. This is the {which} one."
     shown = [(name, *(f"{found[key]:.4f}" if key in found else "" for key in columns)) for name, found in rows]
-    yield _table(("", *(names[key] for key in columns)), shown)
+    yield _table(("", *(_METRICS[key] for key in columns)), shown)
     yield from _asked(summary)
     if not export.faithful:
         why = "compression" if export.cut.overall else f"weights in {export.merged}"
@@ -268,8 +263,8 @@ def _licence(licence: str | None) -> str:
 def _limits(export: Export) -> Iterator[str]:
     if export.kind == "causal":
         yield (
-            "It goes on with any text, true or not. It was measured on the test split of its own data set and on what "
-            "is above; other languages and uses were not tried, nor was any harm that its answers could do."
+            "It may say what is false or harmful, as its base may. It was measured on the test split of its own data "
+            "only, by the loss per token."
         )
         yield f"Intended use, use that is out of scope, and known biases of the data: {_OPEN}"
         return

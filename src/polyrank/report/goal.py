@@ -41,13 +41,6 @@ class Goal:
         """How an axis writes it."""
         return "percent" if self.kind == "percent" else "number"
 
-    def text(self, metrics: Mapping[str, Any], prefix: str = "") -> str:
-        """Its value among metrics, for people: ``85.20%`` or ``3.012 nats``; ``-`` where it is not there."""
-        value = metrics.get(f"{prefix}{self.key}")
-        if value is None:
-            return "-"
-        return f"{value:.2%}" if self.kind == "percent" else f"{value:.3f} nats"
-
     def gap(self, difference: float) -> str:
         """A difference for people: ``+1.20 points``."""
         text = f"{100 * difference:+.2f} points" if self.kind == "percent" else f"{difference:+.3f} nats"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ class Task:
         tag: the hub's name of what they do.
         model, inputs: the classes of Transformers that load the model, and what prepares its inputs.
         imports: more that the example needs.
-        example: a call of what prepares inputs, with `mode` for an image's.
+        example: a call of what prepares inputs, with `mode` for an image's, and `prompt` for a language model's.
+        asks: the lines that ask the model, and print what it says; `extra` are arguments of its own.
     """
 
     tag: str
@@ -26,7 +28,19 @@ class Task:
     inputs: str
     imports: tuple[str, ...]
     example: str
+    asks: tuple[str, ...]
 
+
+_CLASSES = (
+    "with torch.inference_mode():",
+    "    logits = model(**inputs{extra}).logits",
+    "print(model.config.id2label[int(logits.argmax())])",
+)
+_TEXT = (
+    "with torch.inference_mode():",
+    "    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)",
+    "print(prepare.decode(tokens[0], skip_special_tokens=True))",
+)
 
 TASKS = {
     "text": Task(
@@ -35,16 +49,20 @@ TASKS = {
         "AutoTokenizer",
         (),
         'prepare(["A text of yours."], truncation=True, padding=True, return_tensors="pt")',
+        _CLASSES,
     ),
-    "causal": Task("text-generation", "AutoModelForCausalLM", "AutoTokenizer", (), ""),
     "image": Task(
         "image-classification",
         "AutoModelForImageClassification",
         "AutoImageProcessor",
         ("from PIL import Image",),
         'prepare(Image.new("{mode}", (32, 32)), return_tensors="pt")  # an image of yours',
+        _CLASSES,
     ),
+    "causal": Task("text-generation", "AutoModelForCausalLM", "AutoTokenizer", (), "{prompt}", _TEXT),
 }
+
+_QUESTION = Turn("Name three colours.", "", "")
 
 
 def loading_code(export: Export, repo: str | None = None) -> str:
@@ -62,19 +80,16 @@ def loading_code(export: Export, repo: str | None = None) -> str:
     else:
         dtype = "" if model.dtype == "auto" else f', dtype="{model.dtype}"'
         imports = ["from peft import PeftConfig, PeftModel"]
-        classifies = export.kind != "causal"
-        names = [*(["AutoConfig"] if classifies else []), task.inputs, task.model]
-        imports += [f"from transformers import {', '.join(sorted(names))}"]
-        own = ", config=config, ignore_mismatched_sizes=True" if classifies else ""
+        imports += [f"from transformers import AutoConfig, {task.inputs}, {task.model}"]
         load = [
             "base = PeftConfig.from_pretrained(place).base_model_name_or_path",
-            *(["config = AutoConfig.from_pretrained(place)  # the base's, with these classes"] if classifies else []),
-            f"model = {task.model}.from_pretrained(base{own}{dtype})",
+            "config = AutoConfig.from_pretrained(place)  # the base's, with these classes",
+            f"model = {task.model}.from_pretrained(base, config=config, ignore_mismatched_sizes=True{dtype})",
             "model = PeftModel.from_pretrained(model, place).eval()",
         ]
-    if export.kind == "causal":
-        return "\n".join(["import torch", *imports, "", f"place = {place}", *load, *_generating(export)]) + "\n"
     resized = export.kind == "image" and model.image_size is not None and not export.merged
+    extra = ", interpolate_pos_encoding=True" if resized else ""
+    example = task.example.format(mode="L" if export.channels == 1 else "RGB", prompt=_prompted(export))
     lines = [
         "import torch",
         *task.imports,
@@ -84,32 +99,21 @@ def loading_code(export: Export, repo: str | None = None) -> str:
         *load,
         f"prepare = {task.inputs}.from_pretrained(place)",
         "",
-        f"inputs = {task.example.format(mode='L' if export.channels == 1 else 'RGB')}",
-        "with torch.inference_mode():",
-        f"    logits = model(**inputs{', interpolate_pos_encoding=True' if resized else ''}).logits",
-        "print(model.config.id2label[int(logits.argmax())])",
+        f"inputs = {example}",
+        *(line.format(extra=extra) for line in task.asks),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _generating(export: Export) -> list[str]:
-    """Lines that let a language model answer, with the prompt that it was trained with."""
+def _prompted(export: Export) -> str:
+    """A question as the model was asked in training: by its template, or the beginning of a text."""
+    if export.kind != "causal":
+        return ""
     data: Any = export.experiment.data
-    template, plain = getattr(data, "template", None), getattr(data, "instruction", "") is None
-    known = template not in (None, CHAT) and not plain
-    prompt = prompt_of(template, Turn("An instruction of yours.", "", "")) if known else "A text of yours."
-    first = [f"prompt = {prompt!r}"]
-    if template == CHAT and not plain:
-        first = [
-            'asked = [{"role": "user", "content": "An instruction of yours."}]',
-            "prompt = prepare.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)",
-        ]
-    return [
-        "prepare = AutoTokenizer.from_pretrained(place)",
-        "",
-        *first,
-        f'ids = prepare(prompt, add_special_tokens={template != CHAT or plain}, return_tensors="pt")["input_ids"]',
-        "with torch.inference_mode():",
-        "    answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)",
-        "print(prepare.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))",
-    ]
+    if data.instruction is None:
+        return 'prepare("The beginning of a text of yours", return_tensors="pt")'
+    if data.template == CHAT:
+        asked = f'[{{"role": "user", "content": "{_QUESTION.instruction}"}}]'
+        options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        return f"prepare.apply_chat_template({asked}, {options})"
+    return f'prepare({json.dumps(prompt_of(data.template, _QUESTION), ensure_ascii=False)}, return_tensors="pt")'

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from polyrank.report import measures
 from polyrank.report.gather import Entry, Gathered
@@ -141,7 +142,7 @@ def _references(gathered: Gathered, known: set[str], goal: Goal) -> Iterator[Row
     parts = {
         "zero_shot": lambda s: (s.get("before") or {}).get("test", {}).get(goal.key),
         "single": lambda s: s.get("baselines", {}).get("single", {}).get("test", {}).get(goal.key),
-        "local": lambda s: s.get("baselines", {}).get("local", {}).get(f"mean_{goal.key}"),
+        "local": lambda s: _mean_alone(s.get("baselines", {}).get("local", {}), goal),
     }
     for name, find in parts.items():
         seeds: dict[int, float] = {}
@@ -151,6 +152,11 @@ def _references(gathered: Gathered, known: set[str], goal: Goal) -> Iterator[Row
                 seeds.setdefault(run.seed, value)
         if name not in known and seeds:
             yield Row(name, "", str(len(seeds)), {"final": over_seeds(seeds.values())}, None)
+
+
+def _mean_alone(local: Mapping[str, Any], goal: Goal) -> float | None:
+    """The mean of clients that train alone; earlier versions told their accuracy only."""
+    return local.get("mean", {"accuracy": local.get("mean_accuracy")}).get(goal.key)
 
 
 # What the table says in words

@@ -35,6 +35,14 @@ def span(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
+def reached(metrics: Mapping[str, float], prefix: str = "") -> str | None:
+    """What a model is worth, for people: ``81.11%``, or of a language model ``2.871 nats``; None if it is not known."""
+    if f"{prefix}perplexity" in metrics:
+        return f"{metrics[f'{prefix}loss']:.3f} nats"
+    accuracy = metrics.get(f"{prefix}accuracy")
+    return None if accuracy is None else f"{accuracy:.2%}"
+
+
 def epsilons(spent: Mapping[str, float | None]) -> dict[str, str]:
     """Epsilon for people, of whom it protects: ``{"epsilon (clients)": "3.21"}``."""
     return {f"epsilon ({whom})": f"{value:.2f}" for whom, value in spent.items() if value is not None}
@@ -73,7 +81,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     if "local" in baselines:
         local = baselines["local"]
         rows.append((f"best single client ({local['best']})", local))
-        rows.append(("mean of single clients", {"test": {goal.key: local.get(f"mean_{goal.key}")}}))
+        rows.append(("mean of single clients", {"test": local.get("mean", {"accuracy": local["mean_accuracy"]})}))
     if "single" in baselines:
         rows.append(("centralised (pooled data)", baselines["single"]))
     asked = [column for column in _ASKED if any(_found(own, column[1:]) is not None for _, own in rows)]
@@ -85,7 +93,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     for name, own in rows:
         cells = [(column[0], _found(own, column[1:])) for column in asked]
         written = ["" if v is None else f"{v:.2f}" if t == "perplexity" else f"{v:.2%}" for t, v in cells]
-        value = goal.text(own["test"])
+        value = reached(own["test"])
         table.add_row(name, f"[bold]{value}[/]" if own is final else value, *written)
     return table
 

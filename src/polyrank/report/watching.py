@@ -9,8 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from polyrank.experiment.following import Following
-from polyrank.report.goal import goal_of
-from polyrank.report.terminal import span
+from polyrank.report.terminal import reached, span
 
 
 def standing(found: Mapping[str, Any]) -> str:
@@ -19,11 +18,10 @@ def standing(found: Mapping[str, Any]) -> str:
     Args:
         found: what `polyrank.experiment.following.described` says of it.
     """
-    reached = goal_of(found["metrics"], "validation/").text(found["metrics"], "validation/")
-    measured = f", validation {reached}" if reached != "-" else ""
+    worth = reached(found["metrics"], "validation/")
+    measured = f", validation {worth}" if worth is not None else ""
     if found["state"] == "finished":
-        test = found["summary"]["final"]["test"]
-        return f"done, test {goal_of(test).text(test)}"
+        return f"done, test {reached(found['summary']['final']['test'])}"
     if found["state"] == "waiting":
         return "waiting"
     words = f"round {found['round']} of {found['rounds']}{measured}"
