@@ -96,7 +96,9 @@ def clients_of_worker(resolved: dict[str, Any], count: int, threads: int, number
     if device == "cuda":
         gpus = torch.cuda.device_count()
         device, sharing = f"cuda:{number % gpus}", math.ceil(count / gpus)
-    clients = build_here(experiment.model_copy(update={"device": device, "threads": threads}), sharing).clients
+    asked = experiment.evaluate.model_copy(update={"choices": None, "generate": None})  # the run's own process asks
+    own = experiment.model_copy(update={"device": device, "threads": threads, "evaluate": asked})
+    clients = build_here(own, sharing).clients
     assert isinstance(clients, Simulator)
     return clients
 
