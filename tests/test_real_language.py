@@ -46,7 +46,7 @@ def test_a_small_model_guesses_and_learns_to_sound_like_a_play(tmp_path: Path) -
         "local": {"batch": 8, "lr": 0.005},
         "evaluate": {
             "samples": 50,
-            "choices": {"file": str(MMLU), **layout, "subject": "class", "samples": 150},
+            "choices": {"file": str(MMLU), **layout, "subject": "class", "samples": 80},
             "generate": {"samples": 3, "max_tokens": 30},
         },
         "log": [],
@@ -55,11 +55,11 @@ def test_a_small_model_guesses_and_learns_to_sound_like_a_play(tmp_path: Path) -
     summary = printed("run", tmp_path / "experiment.yaml", "--out", tmp_path / "run")
     for part in ("before", "final"):
         found = summary[part]["choices"]
-        assert found["questions"] == 150
+        assert found["questions"] == 80
         assert found["chance"] == 0.25
         assert abs(found["accuracy"] - 0.25) < 4 * found["error"]
     assert summary["final"]["test"]["loss"] < summary["before"]["test"]["loss"] - 0.5
     samples = json.loads((tmp_path / "run" / "samples.json").read_text())["samples"]
     assert all(sample["before"] != sample["final"] for sample in samples)
     again = printed("evaluate", tmp_path / "run", "--choices", MMLU)
-    assert again["accuracy"] == pytest.approx(summary["final"]["choices"]["accuracy"], abs=0.02)
+    assert again["accuracy"] == pytest.approx(summary["final"]["choices"]["accuracy"], abs=0.03)
