@@ -38,6 +38,8 @@ ONLY_IN = {
     "jinja2": {"polyrank.report.page"},
     "huggingface_hub": {"polyrank.local.upload"},
     "opacus": {"polyrank.local.dp"},
+    "lm_eval": set(),
+    "rouge_score": {"polyrank.local.generate"},
     "pandas": {"polyrank.experiment.results"},
     "mlflow": {"polyrank.experiment.loggers.mlflow"},
     "tensorboard": {"polyrank.experiment.loggers.tensorboard"},

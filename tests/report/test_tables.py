@@ -11,6 +11,7 @@ import pytest
 from polyrank.report import tables
 from polyrank.report.answers import answers
 from polyrank.report.gather import gather
+from polyrank.report.goal import ACCURACY
 from polyrank.report.measures import over_seeds
 from polyrank.report.tables import Row, Table, summarise
 from recorded import write_run, write_study
@@ -89,7 +90,9 @@ def test_baselines_of_a_summary_are_rows_of_their_own(tmp_path: Path) -> None:
 def test_the_order_of_baselines_is_checked_in_words(tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", seeds=(0, 1, 2))
     table = summarise(gather([study]))
-    single, local = (tables.percent(row.values["final"]) for row in table.rows if row.method in ("single", "local"))
+    single, local = (
+        tables.said(ACCURACY, row.values["final"]) for row in table.rows if row.method in ("single", "local")
+    )
     assert tables.ordering(table) == (
         f"No federated method is above pooled training (single, {single}), as expected.",
         f"No federated method is below training alone (local, {local}), as expected.",
@@ -130,7 +133,7 @@ def test_formats_hold_the_same_numbers(tmp_path: Path) -> None:
 
 def test_names_cannot_break_a_format() -> None:
     row = Row("a|b_c & <i>", "100% {x}\\y", "1", {"final": over_seeds([0.5])}, None)
-    table = Table(tables.COLUMNS[:1], (row,))
+    table = Table(tables.columns_for(ACCURACY)[:1], (row,))
     assert r"| a\|b_c & <i> | 100% {x}\y | 1 | 50.00 |" in tables.markdown(table)
     assert r"a|b\_c \& <i> & 100\% \{x\}\textbackslash{}y & 1 & 50.00 \\" in tables.latex(table)
     assert next(csv.DictReader(io.StringIO(tables.as_csv(table))))["method"] == "a|b_c & <i>"

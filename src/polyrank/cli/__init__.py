@@ -1,6 +1,6 @@
 """The command line, ``polyrank``: one function a command. Importing it adds the commands to `app`."""
 
-from polyrank.cli import runs, watching, compare, report, plans, export, merging, catalogue, deploy, deployed  # noqa: I001 - in the order in which --help shows them
+from polyrank.cli import runs, language, watching, compare, report, plans, export, merging, catalogue, deploy, deployed  # noqa: I001 - in the order in which --help shows them
 from polyrank.cli.app import app, main
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "deploy",
     "deployed",
     "export",
+    "language",
     "main",
     "merging",
     "plans",

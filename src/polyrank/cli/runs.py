@@ -92,9 +92,21 @@ def evaluate(
     best: Annotated[
         bool, typer.Option("--best", help="The validation-selected adapter instead of the final one.")
     ] = False,
+    choices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Questions with choices, instead of a split.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --choices: a key of evaluate.choices, such as question=input. Repeatable."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Evaluate a run's exported adapter, loaded onto the base model by PEFT itself."""
+    if choices is not None:
+        from polyrank.cli.language import choose
+
+        choose(folder, choices, set_ or [], best, json_)
+        return
     with mistakes():
         from polyrank.experiment.build import build
         from polyrank.experiment.components import did_you_mean

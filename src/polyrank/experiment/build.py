@@ -26,6 +26,7 @@ from polyrank.engines.simulator import Simulator
 from polyrank.engines.watched import Watched
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.experiment.language import Language, language
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
 from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import check_stated_ranks, completed, describe, group_budgets, server_rank
@@ -55,6 +56,7 @@ class World:
         classes: their names.
         start: the first state.
         info: what an exported adapter's config says.
+        language: what a language model is asked besides its test split, if anything.
     """
 
     base: Base
@@ -67,6 +69,7 @@ class World:
     classes: tuple[str, ...]
     start: ServerState
     info: AdapterInfo
+    language: Language | None = None
 
 
 def build(experiment: Experiment) -> World:
@@ -94,7 +97,9 @@ def clients_of_worker(resolved: dict[str, Any], count: int, threads: int, number
     if device == "cuda":
         gpus = torch.cuda.device_count()
         device, sharing = f"cuda:{number % gpus}", math.ceil(count / gpus)
-    clients = build_here(experiment.model_copy(update={"device": device, "threads": threads}), sharing).clients
+    asked = experiment.evaluate.model_copy(update={"choices": None, "generate": None})  # the run's own process asks
+    own = experiment.model_copy(update={"device": device, "threads": threads, "evaluate": asked})
+    clients = build_here(own, sharing).clients
     assert isinstance(clients, Simulator)
     return clients
 
@@ -161,6 +166,7 @@ class _Ground:
     method: Method
     shares: Shares
     splits: Mapping[str, Split]
+    language: Language | None
 
     def world(self, experiment: Experiment, clients: Simulator | Workers | Remote) -> World:
         start = first_state(experiment, self.method, self.base, self.rank)
@@ -170,8 +176,8 @@ class _Ground:
         info = replace(self.base.info, rank=self.method.rank)
         held_out = self.shares.held_out() if experiment.evaluate.clients else None
         classes = tuple(self.shares.dataset.classes)
-        spec, rank, method = self.spec, self.rank, self.method
-        return World(self.base, spec, rank, clients, method, self.splits, held_out, classes, start, info)
+        spec, rank, method, asked = self.spec, self.rank, self.method, self.language
+        return World(self.base, spec, rank, clients, method, self.splits, held_out, classes, start, info, asked)
 
 
 def _ground(experiment: Experiment) -> _Ground:
@@ -196,7 +202,8 @@ def _ground(experiment: Experiment) -> _Ground:
     for name, split in splits.items():
         if isinstance(split, CausalSplit):
             warn_of_silent(split, name, experiment.model.max_length)
-    return _Ground(base, completed(base.spec, experiment, method), rank, method, shares, splits)
+    spec = completed(base.spec, experiment, method)
+    return _Ground(base, spec, rank, method, shares, splits, language(experiment, dataset, base))
 
 
 def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:

@@ -25,6 +25,7 @@ from polyrank.experiment.components import (
     union_of,
 )
 from polyrank.experiment.privacy import check_privacy
+from polyrank.experiment.questions import ChoicesConfig, GenerateConfig
 from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS, SLOTS
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
@@ -142,6 +143,8 @@ class EvaluateConfig(Strict):
         clients: also evaluate the aggregated model on each client's own examples, some of which it keeps for that and
             never trains on; a number: of so many clients, drawn once.
         client_hold_out: the part of its examples that a client keeps for that.
+        choices: questions with choices for a causal language model, before and after the run.
+        generate: text from a causal language model, likewise.
     """
 
     every: Count = 1
@@ -149,6 +152,8 @@ class EvaluateConfig(Strict):
     aggregation: bool = True
     clients: bool | Count = False
     client_hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    choices: ChoicesConfig | None = None
+    generate: GenerateConfig | None = None
 
 
 class SimulationConfig(Strict):

@@ -204,5 +204,12 @@ def _explain(raw: dict[str, Any], error: dict[str, Any]) -> str:
 def _absolute(experiment: Experiment, folder: Path) -> Experiment:
     """Paths as seen from the file's folder, so that the resolved experiment runs from anywhere."""
     model = anchored(experiment.model, folder).model_copy(update={"name": located(experiment.model.name, folder)})
-    update = {"model": model, "data": anchored(experiment.data, folder), "costs": anchored(experiment.costs, folder)}
+    choices = experiment.evaluate.choices and anchored(experiment.evaluate.choices, folder)
+    evaluate = experiment.evaluate.model_copy(update={"choices": choices})
+    update = {
+        "model": model,
+        "data": anchored(experiment.data, folder),
+        "costs": anchored(experiment.costs, folder),
+        "evaluate": evaluate,
+    }
     return experiment.model_copy(update=update)

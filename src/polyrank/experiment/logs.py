@@ -121,6 +121,9 @@ def scalars(record: Record, seconds: float, modules: int, profiles: Profiles) ->
     accuracy = {client: own["accuracy"] for client, own in record.get("client_metrics", {}).items()}
     if accuracy:
         found |= {"client_accuracy/mean": _mean(accuracy.values()), "client_accuracy/worst": min(accuracy.values())}
+    if accuracy and "validation/perplexity" in record["metrics"]:  # what language models are compared by
+        nats = [own["loss"] for own in record["client_metrics"].values()]
+        found |= {"client_loss/mean": _mean(nats), "client_loss/worst": max(nats)}
     ranks = {client: sum(own.values()) / modules for client, own in record["ranks"].items()}
     by_client = {"loss": losses, "bytes_up": up, "bytes_down": down, "rank": ranks, "accuracy": accuracy}
     for name, values in by_client.items():

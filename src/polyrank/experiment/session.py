@@ -22,6 +22,7 @@ from polyrank.engines.watched import Watched
 from polyrank.experiment.build import World, build
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.exported import read_models, write_models
+from polyrank.experiment.language import flat
 from polyrank.experiment.logs import Logs
 from polyrank.experiment.measuring import averaged, clients_evaluated, on_own_data, run_baselines, said
 from polyrank.experiment.privacy import Spent
@@ -71,6 +72,7 @@ class Session:
             record = replace(record, metrics=self.spent.metrics())
             if state.round % e.evaluate.every == 0 or state.round == self.course.rounds:
                 record = self._evaluated(record, self.course.models(state))
+            record = self._asked(record, state)
             seconds = time.monotonic() - started
             if remote:
                 remote.settle(record)
@@ -109,6 +111,37 @@ class Session:
     def _said(self, models: Models, split: str, indices: Indices | None = None) -> dict[Client, Predictions]:
         return {client: said(self.world, parts, split, indices) for client, parts in models.items()}
 
+    def _asked(self, record: RoundRecord, state: ServerState) -> RoundRecord:
+        """The record with what a language model is asked after this round, if anything."""
+        asked = self.world.language and self.world.language.due(state.round)
+        if not asked or not (asked.choices or asked.prompts):
+            return record
+        self.tell(Phase("evaluation"))
+        found, _ = asked.of(self.world.base, self.course.models(state))
+        return replace(record, metrics={**record.metrics, **flat(found)})
+
+    def _language(self, summary: dict[str, Any], models: Mapping[str, Models]) -> None:
+        """Adds what a language model is asked to the parts of the summary; what it answers is written.
+
+        Args:
+            summary: with ``before``, ``final`` and ``selected``.
+            models: of these parts.
+        """
+        asked = self.world.language
+        if asked is None:
+            return
+        answers = {}
+        for part, own in models.items():
+            found, answers[part] = asked.of(self.world.base, own)
+            summary[part].update(found)
+        if asked.prompts:
+            samples = [
+                {"prompt": prompt.text, "reference": prompt.reference}
+                | {part: own[number] for part, own in answers.items()}
+                for number, prompt in enumerate(asked.prompts)
+            ]
+            write_json(self.run.samples_file, {"samples": samples})
+
     def finish(self) -> dict[str, Any]:
         """Exports the final adapter, evaluates on the test split, trains the baselines, writes the summary."""
         e, world, state = self.experiment, self.world, self.state
@@ -131,6 +164,8 @@ class Session:
             "wall_seconds": round(self.run.wall_seconds(), 2),
             "environment": environment(),
         }
+        others = {"selected": best} if selected else {}
+        self._language(summary, {"before": {EVERYBODY: [start.folded, start.adapter]}, "final": models, **others})
         self.logs.finish(summary)
         write_json(self.run.summary_file, summary)
         return summary

@@ -3,6 +3,7 @@
     experiment.yaml   the resolved experiment         rounds.jsonl   one RoundRecord a line
     summary.json      results, versions, hardware     timings.jsonl  seconds and memory as measured
     setting.json      what rounds do not change       confusion.json of the final adapter, on the test split
+    samples.json      what a language model answers, before and after
     adapter/          the final adapter, PEFT format  best/          the validation-selected one
     state/            what `polyrank resume` needs    tensorboard/ wandb/ mlflow/   what loggers write
 
@@ -46,6 +47,7 @@ class Run:
         self.rounds_file, self.timings_file = folder / "rounds.jsonl", folder / "timings.jsonl"
         self.checkpoint, self.summary_file = folder / "state" / "checkpoint.safetensors", folder / "summary.json"
         self.setting_file, self.confusion_file = folder / "setting.json", folder / "confusion.json"
+        self.samples_file = folder / "samples.json"
         self.adapter, self.best = folder / "adapter", folder / "best"
 
     @classmethod

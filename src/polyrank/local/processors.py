@@ -43,7 +43,7 @@ class ImageProcessor:
 
 def text_processor(name: str, max_length: int) -> TextProcessor:
     """The model's tokenizer, truncating to `max_length` tokens."""
-    tokenizer = _tokenizer(name)
+    tokenizer = tokenizer_of(name)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
@@ -60,7 +60,7 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
     A response ends with the tokenizer's end of text, if it has one. Which tokens are learnt follows from where they
     stand in the text: those that reach beyond the prompt. Texts are cut on the right, to `max_length` tokens.
     """
-    tokenizer = _tokenizer(name)
+    tokenizer = tokenizer_of(name)
     if prompting.template == CHAT and not tokenizer.chat_template:
         raise ModelError(f"data.template: chat: the tokenizer of {name!r} has no chat template; name another")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -69,7 +69,7 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
         if prompting.template == CHAT:
             ids, first = _chat(tokenizer, turn)
         else:
-            ids, first = _located_response(tokenizer, prompt_of(prompting.template, turn), turn.response)
+            ids, first = located_response(tokenizer, prompt_of(prompting.template, turn), turn.response)
             ids = [*ids, *end] if turn.response and ids[-1:] != end else ids
         return ids[:max_length], 0 if prompting.train_on_inputs else min(first, max_length)
 
@@ -82,12 +82,12 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
     )
 
 
-def _located_response(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], int]:
-    """The tokens of a prompt and its response, and the first that reaches into the response."""
+def located_response(tokenizer: Any, prompt: str, response: str, *, special: bool = True) -> tuple[list[int], int]:
+    """The tokens of a prompt and its response, with `special` ones, and the first that reaches into the response."""
     if not tokenizer.is_fast:  # it cannot say where its tokens stand
-        before = tokenizer(prompt)["input_ids"] if prompt else []
-        return tokenizer(prompt + response)["input_ids"], len(before)
-    found = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
+        before = tokenizer(prompt, add_special_tokens=special)["input_ids"] if prompt else []
+        return tokenizer(prompt + response, add_special_tokens=special)["input_ids"], len(before)
+    found = tokenizer(prompt + response, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ends = [end for _, end in found["offset_mapping"]]
     reaching = (place for place, end in enumerate(ends) if end > len(prompt))
     return found["input_ids"], next(reaching, len(ends))
@@ -106,7 +106,12 @@ def _chat(tokenizer: Any, turn: Turn) -> tuple[list[int], int]:
     return found["input_ids"], next(reaching, len(found["input_ids"]))
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(name: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: if it has none.
+    """
     with quiet():
         try:
             return transformers.AutoTokenizer.from_pretrained(name)

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from polyrank.report.gather import Gathered
-from polyrank.report.measures import Value
-from polyrank.report.tables import Row, Table, beats, federated, percent
+from polyrank.report.goal import Goal
+from polyrank.report.measures import Value, over_seeds
+from polyrank.report.tables import Row, Table, beats, federated, said
 from polyrank.report.terminal import size, span
 
 
@@ -35,60 +36,58 @@ def answers(gathered: Gathered, table: Table) -> Answers:
     rows = federated(table) or [row for row in table.rows if row.entry and row.values["final"]]
     if not rows:
         return _unfinished(gathered)
-    best, others = rows[0], rows[1:]
+    best, others, goal = rows[0], rows[1:], table.goal
     facts = (
-        *_margin(best, others),
+        *_margin(goal, best, others),
         *_between(table, best),
-        *_cost(best, others),
-        _trust(gathered, rows),
+        *_cost(goal, best, others),
+        _trust(gathered, goal, rows),
     )
     if not others:
-        return Answers(f"{best.label} reached {percent(best.values['final'])}", _single(gathered, best), facts)
-    how = {"more": f"with {percent(best.values['final'])}", "alike": "within the spread", "unknown": "on one seed"}
-    title = f"{best.label} leads {how[_word(best, others[0])]}"
-    return Answers(title, _compared(gathered, best, others[0]), facts)
+        return Answers(f"{best.label} reached {said(goal, best.values['final'])}", _single(gathered, best), facts)
+    how = {"more": f"with {said(goal, best.values['final'])}", "alike": "within the spread", "unknown": "on one seed"}
+    title = f"{best.label} leads {how[_word(goal, best, others[0])]}"
+    return Answers(title, _compared(gathered, goal, best, others[0]), facts)
 
 
-def _word(best: Row, other: Row) -> str:
+def _word(goal: Goal, best: Row, other: Row) -> str:
     """`beats`, which single seeds cannot answer."""
     if len(best.values["final"].single) < 2 or len(other.values["final"].single) < 2:
         return "unknown"
-    return beats(best.values["final"], other.values["final"])
+    return beats(best.values["final"], other.values["final"], goal)
 
 
-def _margin(best: Row, others: Sequence[Row]) -> Iterator[Fact]:
+def _margin(goal: Goal, best: Row, others: Sequence[Row]) -> Iterator[Fact]:
     if not others:
         return
-    gap = 100 * (best.values["final"].mean - others[0].values["final"].mean)
-    word = _word(best, others[0])
+    gap = goal.gap(best.values["final"].mean - others[0].values["final"].mean)
+    word = _word(goal, best, others[0])
     says = {
         "more": "More than the spread over seeds.",
         "alike": "Within the spread over seeds: this order may be chance.",
         "unknown": "One seed: how much of it is chance is not known.",
     }[word]
-    alike = [row.label for row in others if _word(best, row) == "alike"]
+    alike = [row.label for row in others if _word(goal, best, row) == "alike"]
     if len(alike) > 1:
         says = f"Within the spread over seeds, like {len(alike) - 1} more: this order may be chance."
-    yield Fact("Margin", _points(gap), f"Over {others[0].label}, the next. {says}", word != "more")
-
-
-def _points(gap: float) -> str:
-    return f"{gap:+.2f} points".replace("-", "\N{MINUS SIGN}")
+    yield Fact("Margin", gap, f"Over {others[0].label}, the next. {says}", word != "more")
 
 
 def _between(table: Table, best: Row) -> Iterator[Fact]:
     """How far from the floor to the ceiling."""
+    goal = table.goal
     found = {name: _same_setting(table, name, best) for name in ("local", "single", "zero_shot")}
     here, floor, ceiling, start = (best.values["final"], *(found[n] for n in ("local", "single", "zero_shot")))
-    if floor and ceiling and ceiling.mean > floor.mean:
+    if floor and ceiling and goal.sign * (ceiling.mean - floor.mean) > 0:
         way = (here.mean - floor.mean) / (ceiling.mean - floor.mean)
-        says = f"Of the way from every client alone ({percent(floor)}) to training on pooled data ({percent(ceiling)})."
+        ends = f"every client alone ({said(goal, floor)}) to training on pooled data ({said(goal, ceiling)})"
+        says = f"Of the way from {ends}."
         yield Fact("Against the baselines", f"{100 * way:.0f} %", says, not 0 <= way <= 1)
     elif floor or ceiling or start:
         name, base = next((n, v) for n, v in (("local", floor), ("single", ceiling), ("zero_shot", start)) if v)
         names = {"local": "every client alone", "single": "training on pooled data", "zero_shot": "the model untrained"}
-        gap = 100 * (here.mean - base.mean)
-        yield Fact("Against a baseline", _points(gap), f"Against {names[name]} ({percent(base)}).")
+        gap = goal.gap(here.mean - base.mean)
+        yield Fact("Against a baseline", gap, f"Against {names[name]} ({said(goal, base)}).")
 
 
 def _same_setting(table: Table, name: str, best: Row) -> Value | None:
@@ -97,7 +96,7 @@ def _same_setting(table: Table, name: str, best: Row) -> Value | None:
     return alike[0].values["final"] if alike else None
 
 
-def _cost(best: Row, others: Sequence[Row]) -> Iterator[Fact]:
+def _cost(goal: Goal, best: Row, others: Sequence[Row]) -> Iterator[Fact]:
     cost = _bytes(best)
     if cost is None:
         return
@@ -108,7 +107,7 @@ def _cost(best: Row, others: Sequence[Row]) -> Iterator[Fact]:
     ]
     says = f"Sent and received by all clients, a run; {', '.join(each)}." if each else "Sent and received, a run."
     cheaper = [
-        (b, row) for row in others if (b := _bytes(row)) is not None and b < cost and _word(best, row) == "alike"
+        (b, row) for row in others if (b := _bytes(row)) is not None and b < cost and _word(goal, best, row) == "alike"
     ]
     if cheaper:
         least, row = min(cheaper, key=lambda pair: pair[0])
@@ -121,11 +120,11 @@ def _bytes(row: Row) -> float | None:
     return up.mean + down.mean if up and down else None
 
 
-def _trust(gathered: Gathered, rows: Sequence[Row]) -> Fact:
+def _trust(gathered: Gathered, goal: Goal, rows: Sequence[Row]) -> Fact:
     seeds = min(len(row.values["final"].single) for row in rows)
     unfinished = sum(run.summary is None for run in gathered.runs)
     value = f"{seeds} seed{'s' if seeds > 1 else ''}" + (" each" if len(rows) > 1 else "")
-    says = "Test accuracy after the last round; nothing is selected on test data."
+    says = f"Test {goal.name} after the last round; nothing is selected on test data."
     if seeds < 2:
         says += " One seed has no spread: repeat it before you believe a difference."
     if unfinished:
@@ -142,15 +141,16 @@ def _single(gathered: Gathered, best: Row) -> str:
     return _where(gathered, f"{len(run.rounds)} rounds" if run.rounds else "No rounds")
 
 
-def _compared(gathered: Gathered, best: Row, second: Row) -> str:
-    gap = 100 * (best.values["final"].mean - second.values["final"].mean)
-    said = {
-        "more": f"{gap:.2f} points above {second.label}, more than the spread over seeds.",
-        "alike": f"{percent(best.values['final'])} against {percent(second.values['final'])} of {second.label}: "
+def _compared(gathered: Gathered, goal: Goal, best: Row, second: Row) -> str:
+    gap = goal.sign * (best.values["final"].mean - second.values["final"].mean)
+    by = f"{goal.gap(gap).lstrip('+')} {goal.than[0]}"
+    words = {
+        "more": f"{by} {second.label}, more than the spread over seeds.",
+        "alike": f"{said(goal, best.values['final'])} against {said(goal, second.values['final'])} of {second.label}: "
         "the difference is within the spread over seeds.",
-        "unknown": f"{gap:.2f} points above {second.label}, on one seed, so its spread is not known.",
-    }[_word(best, second)]
-    return f"{said[0].upper()}{said[1:]} {_where(gathered)}"
+        "unknown": f"{by} {second.label}, on one seed, so its spread is not known.",
+    }[_word(goal, best, second)]
+    return f"{words[0].upper()}{words[1:]} {_where(gathered)}"
 
 
 def _where(gathered: Gathered, what: str | None = None) -> str:
@@ -158,21 +158,24 @@ def _where(gathered: Gathered, what: str | None = None) -> str:
     run = gathered.runs[0]
     data = run.facts.get("data") or (run.experiment.get("data") or {}).get("name")
     clients = run.facts.get("clients") or (run.experiment.get("data") or {}).get("clients")
-    said = what or f"{len(gathered.runs)} run{'s' if len(gathered.runs) > 1 else ''}"
-    return said + (f" on {data}" if data else "") + (f", shared by {clients:,} clients." if clients else ".")
+    text = what or f"{len(gathered.runs)} run{'s' if len(gathered.runs) > 1 else ''}"
+    return text + (f" on {data}" if data else "") + (f", shared by {clients:,} clients." if clients else ".")
 
 
 def _unfinished(gathered: Gathered) -> Answers:
     """What there is to say before any run has ended."""
-    reached = []
+    reached, goal = [], gathered.goal
+    key = f"validation/{goal.key}"
     for entry in gathered.entries:
         for run in entry.runs:
-            known = [r for r in run.rounds if "validation/accuracy" in r.metrics]
+            known = [r for r in run.rounds if key in r.metrics]
             if known:
-                reached.append((known[-1].metrics["validation/accuracy"], entry.label, known[-1].number))
-    facts = [Fact("Runs", f"0 of {len(gathered.runs)}", "Finished. Test accuracy is measured once, at the end.", True)]
+                reached.append((known[-1].metrics[key], entry.label, known[-1].number))
+    facts = [
+        Fact("Runs", f"0 of {len(gathered.runs)}", f"Finished. Test {goal.name} is measured once, at the end.", True)
+    ]
     if reached:
-        value, label, number = max(reached)
-        says = f"Validation accuracy of {label} after round {number}, the highest so far."
-        facts.append(Fact("So far", f"{100 * value:.2f} %", says))
+        value, label, number = max(reached, key=lambda one: goal.sign * one[0])
+        says = f"Validation {goal.name} of {label} after round {number}, the best so far."
+        facts.append(Fact("So far", said(goal, over_seeds([value])), says))
     return Answers("No run has finished yet", _where(gathered), tuple(facts))

@@ -28,6 +28,10 @@ _METRICS = {
     "macro_f1": "macro F1",
     "mcc": "Matthews correlation",
 }
+_ASKED = {
+    "choices": {"accuracy": "multiple choice", "accuracy_norm": "by character", "chance": "guessing"},
+    "generate": {"exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
+}
 _MODELS = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
 _HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "perplexity": "perplexity"}
 _OPEN = "*To be filled in by who publishes this.*"
@@ -50,7 +54,7 @@ def model_card(export: Export, *, base: str | None = None, licence: str | None =
         "pipeline_tag": TASKS[export.kind].tag,
         **({"license": licence} if licence else {}),
         **({"datasets": [dataset]} if (dataset := _hub_dataset(export)) else {}),
-        "metrics": ["accuracy"],
+        "metrics": ["perplexity" if export.kind == "causal" else "accuracy"],
         "tags": ["federated-learning", "polyrank", _form(export).lower(), export.summary["method"]],
         **({"model-index": _index(export, dataset)} if export.faithful else {}),
     }
@@ -212,16 +216,34 @@ def _results(export: Export) -> Iterator[str]:
     names = {"single": "baseline: one adapter on the pooled data", "local": "baseline: best client alone"}
     baselines = {name: found["test"] for name, found in summary.get("baselines", {}).items() if "test" in found}
     rows += [(names.get(name, f"baseline: {name}"), found) for name, found in baselines.items()]
-    if "mean_accuracy" in summary.get("baselines", {}).get("local", {}):
-        rows.append(("baseline: mean of clients alone", {"accuracy": summary["baselines"]["local"]["mean_accuracy"]}))
+    alone = summary.get("baselines", {}).get("local", {})
+    if "mean_accuracy" in alone:
+        rows.append(("baseline: mean of clients alone", alone.get("mean", {"accuracy": alone["mean_accuracy"]})))
     columns = [key for key in _METRICS if key in final["test"]]
     which = "selected" if export.selected else "final"
     yield f"On the test split, which was read once, at the end. This is the {which} one."
     shown = [(name, *(f"{found[key]:.4f}" if key in found else "" for key in columns)) for name, found in rows]
     yield _table(("", *(_METRICS[key] for key in columns)), shown)
+    yield from _asked(summary)
     if not export.faithful:
         why = "compression" if export.cut.overall else f"weights in {export.merged}"
         yield f"These figures are the run's own; {why} may have changed them, and what is here was not evaluated again."
+
+
+def _asked(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What a language model was asked besides. Its answers stay in the run: prompts may be private."""
+    parts = {"before": summary["before"], "final": summary["final"], "selected on validation": summary["selected"]}
+    for part, names in _ASKED.items():
+        told = {name: own[part] for name, own in parts.items() if own and part in own}
+        if not told:
+            continue
+        columns = [key for key in names if key in told["final"]]
+        what = "Text that it generates, against references of the test split:"
+        if part == "choices":
+            what = f"{told['final']['questions']} questions with choices, by which answer it finds most likely:"
+        yield what
+        rows = [(name, *(f"{found[key]:.4f}" for key in columns)) for name, found in told.items()]
+        yield _table(("", *(names[key] for key in columns)), rows)
 
 
 def _privacy(export: Export) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
+from polyrank.report.goal import ACCURACY, NATS, Goal
 from polyrank.report.records import Recorded, read_json, read_run
 
 _MACHINE = ("device", "threads", "simulation", "deployment", "baselines", "expected", "seed", "evaluate", "costs")
@@ -68,6 +69,11 @@ class Gathered:
     @property
     def runs(self) -> tuple[Recorded, ...]:
         return tuple(run for entry in self.entries for run in entry.runs)
+
+    @property
+    def goal(self) -> Goal:
+        """What the runs are compared by."""
+        return NATS if any(run.goal == NATS for run in self.runs) else ACCURACY
 
 
 def gather(folders: Sequence[Path]) -> Gathered:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polyrank.report.gather import Entry
-from polyrank.report.records import Recorded, accuracies
+from polyrank.report.records import Recorded, of_clients
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def of_summary(run: Recorded, part: str, key: str) -> float | None:
     return found.get(key)
 
 
-def final_accuracy(entry: Entry) -> Value | None:
-    """Test accuracy after the last round, over the finished seeds."""
-    return over_seeds(of_summary(run, "final", "accuracy") for run in entry.finished)
+def asked(run: Recorded, part: str, key: str) -> float | None:
+    """What a language model is asked besides its test split: ``part`` is ``choices`` or ``generate``, after the run."""
+    return (((run.summary or {}).get("final") or {}).get(part) or {}).get(key)
 
 
 def traffic(run: Recorded, part: str | None = None) -> float | None:
@@ -99,17 +99,17 @@ def peak_memory(entry: Entry, measured: bool) -> Value | None:
 
 
 def clients(run: Recorded) -> dict[str, float]:
-    """Accuracy of the final model on each client's own held-out data, where it was asked for."""
-    final = accuracies(((run.summary or {}).get("final") or {}).get("clients"))
+    """Accuracy (or nats per token) of the final model on each client's own held-out data, where it was asked for."""
+    final = of_clients(((run.summary or {}).get("final") or {}).get("clients"), run.goal)
     return final or dict(next((r.clients for r in reversed(run.rounds) if r.clients), {}))
 
 
 def worst(run: Recorded) -> float | None:
-    """The worst client's accuracy."""
-    return min(clients(run).values(), default=None)
+    """The worst client's accuracy, or nats per token."""
+    return (min if run.goal.sign > 0 else max)(clients(run).values(), default=None)
 
 
 def unevenness(run: Recorded) -> float | None:
-    """Standard deviation of accuracy over clients."""
+    """Standard deviation over clients."""
     own = list(clients(run).values())
     return float(np.std(own)) if own else None

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from polyrank.errors import InputError
+from polyrank.report.goal import Goal, goal_of
 
 REGIMES = ("single", "local", "zero_shot")
 """What is run instead of federation; in tables they stand beside the methods."""
@@ -39,7 +40,7 @@ class Round:
         memory: largest predicted peak of a client, in bytes.
         error: of the aggregation.
         scores: importance by module, where it was measured in this round.
-        clients: client -> accuracy on its own held-out data.
+        clients: client -> accuracy on its own held-out data; of a language model, nats per token.
     """
 
     number: int
@@ -77,6 +78,7 @@ class Recorded:
             measured.
         summary: of a finished run, or None.
         confusion: confusion.json, or None.
+        samples: what a language model was asked and answered (samples.json): prompt, reference, before, final.
     """
 
     folder: Path
@@ -91,6 +93,14 @@ class Recorded:
     measured_memory: float | None
     summary: Mapping[str, Any] | None
     confusion: Mapping[str, Any] | None
+    samples: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def goal(self) -> Goal:
+        """What it is compared by."""
+        if self.summary:
+            return goal_of((self.summary.get("final") or {}).get("test"))
+        return goal_of(next((r.metrics for r in self.rounds if "validation/loss" in r.metrics), None), "validation/")
 
     @property
     def federated(self) -> bool:
@@ -127,6 +137,7 @@ def read_run(folder: Path) -> Recorded:
         _measured(folder / "timings.jsonl", {client for r in rounds for client in r.asked}),
         summary or None,
         confusion or None,
+        tuple((read_json(folder / "samples.json") or {}).get("samples") or ()),
     )
 
 
@@ -173,7 +184,7 @@ def _round(line: Mapping[str, Any], index: dict[str, int], known: dict[tuple[str
         memory=max((line.get("predicted_memory") or {}).values(), default=None),
         error=line.get("aggregation_error"),
         scores=scores,
-        clients=accuracies(line.get("client_metrics")),
+        clients=of_clients(line.get("client_metrics"), goal_of(line.get("metrics"), "validation/")),
     )
 
 
@@ -185,9 +196,9 @@ def _measured(path: Path, clients: Set[str]) -> float | None:
     return max(peaks.values()) if peaks and peaks.keys() >= clients else None
 
 
-def accuracies(own: Mapping[str, Mapping[str, float]] | None) -> dict[str, float]:
-    """Client -> accuracy, of those that have one."""
-    found = {sys.intern(name): metrics.get("accuracy") for name, metrics in (own or {}).items()}
+def of_clients(own: Mapping[str, Mapping[str, float]] | None, goal: Goal) -> dict[str, float]:
+    """Client -> what it is compared by, of those that have it."""
+    found = {sys.intern(name): metrics.get(goal.key) for name, metrics in (own or {}).items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -6,9 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from polyrank.report import measures
 from polyrank.report.gather import Entry, Gathered
+from polyrank.report.goal import ACCURACY, Goal
 from polyrank.report.measures import Value, over_seeds
 from polyrank.report.terminal import size, span
 
@@ -41,17 +43,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, best final accuracy first, of those columns that any row has a value in."""
+    """Rows, best final figure first, of those columns that any row has a value in."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    goal: Goal = ACCURACY
 
 
-COLUMNS = (
-    Column("final", "accuracy, final", "Test accuracy after the last round.", "percent", "high"),
-    Column(
-        "selected", "accuracy, selected", "Test accuracy of the round that was best on validation.", "percent", "high"
-    ),
+_COLUMNS = (
+    Column("perplexity", "perplexity", "Of the test split, final round: exp of nats per token.", "score", "low"),
+    Column("choices", "multiple choice", "Questions whose most likely choice is right, final.", "percent", "high"),
+    Column("choices_norm", "by character", "The same by likelihood per character.", "percent", "high"),
+    Column("exact", "exact match", "Generated answers that are the reference, final.", "percent", "high"),
+    Column("rouge", "ROUGE-L", "F measure of generated answers against references, final.", "percent", "high"),
     Column("f1", "macro F1", "Mean F1 score over classes on the test split, final round.", "percent", "high"),
     Column("mcc", "MCC", "Matthews correlation on the test split, final round.", "score", "high"),
     Column("up", "sent up", "Bytes from clients to the server over all rounds.", "bytes", "low"),
@@ -69,22 +73,37 @@ COLUMNS = (
         "memory",
         "low",
     ),
-    Column("worst", "worst client", "Accuracy of the worst client on its own held-out data.", "percent", "high"),
-    Column("uneven", "client spread", "Standard deviation of accuracy over clients.", "percent", "low"),
 )
+
+
+def columns_for(goal: Goal) -> tuple[Column, ...]:
+    """All columns of runs that are compared by `goal`."""
+    final, best = (
+        f"Test {goal.name} after the last round.",
+        f"Test {goal.name} of the round that was best on validation.",
+    )
+    worst, uneven = f"{goal.name.capitalize()} of the worst client", f"Standard deviation of {goal.name} over clients."
+    return (
+        Column("final", f"{goal.title}, final", final, goal.kind, goal.better),
+        Column("selected", f"{goal.title}, selected", best, goal.kind, goal.better),
+        *_COLUMNS,
+        Column("worst", "worst client", f"{worst} on its own held-out data.", goal.kind, goal.better),
+        Column("uneven", "client spread", uneven, goal.kind, "low"),
+    )
 
 
 def summarise(gathered: Gathered) -> Table:
     """The table of all entries, and of baselines that only the summaries of other runs know."""
     measured = measures.measured_everywhere(gathered.entries)
-    rows = [_row(entry, measured) for entry in gathered.entries]
-    rows += _references(gathered, {row.method for row in rows})
-    rows.sort(key=lambda row: -row.values["final"].mean if row.values["final"] else float("inf"))
-    columns = tuple(c for c in COLUMNS if any(row.values.get(c.key) for row in rows))
-    return Table(columns, tuple(rows))
+    goal = gathered.goal
+    rows = [_row(entry, measured, goal) for entry in gathered.entries]
+    rows += _references(gathered, {row.method for row in rows}, goal)
+    rows.sort(key=lambda row: -goal.sign * row.values["final"].mean if row.values["final"] else float("inf"))
+    columns = tuple(c for c in columns_for(goal) if any(row.values.get(c.key) for row in rows))
+    return Table(columns, tuple(rows), goal)
 
 
-def _row(entry: Entry, measured: bool) -> Row:
+def _row(entry: Entry, measured: bool, goal: Goal) -> Row:
     runs = entry.finished
     trained = [measures.trained(run) for run in runs]
 
@@ -95,8 +114,13 @@ def _row(entry: Entry, measured: bool) -> Row:
         return over_seeds(measure(run) for run in runs)
 
     values = {
-        "final": test("final", "accuracy"),
-        "selected": test("selected", "accuracy"),
+        "final": test("final", goal.key),
+        "selected": test("selected", goal.key),
+        "perplexity": test("final", "perplexity"),
+        "choices": each(lambda run: measures.asked(run, "choices", "accuracy")),
+        "choices_norm": each(lambda run: measures.asked(run, "choices", "accuracy_norm")),
+        "exact": each(lambda run: measures.asked(run, "generate", "exact_match")),
+        "rouge": each(lambda run: measures.asked(run, "generate", "rougeL")),
         "f1": test("final", "macro_f1"),
         "mcc": test("final", "mcc"),
         "up": each(lambda run: measures.traffic(run, "up")),
@@ -113,12 +137,12 @@ def _row(entry: Entry, measured: bool) -> Row:
     return Row(entry.method, entry.setting, str(done) if done == all_ else f"{done} of {all_}", values, entry)
 
 
-def _references(gathered: Gathered, known: set[str]) -> Iterator[Row]:
+def _references(gathered: Gathered, known: set[str], goal: Goal) -> Iterator[Row]:
     """Baselines that runs trained beside their method, where no run of their own is there: one value a seed."""
     parts = {
-        "zero_shot": lambda s: (s.get("before") or {}).get("test", {}).get("accuracy"),
-        "single": lambda s: s.get("baselines", {}).get("single", {}).get("test", {}).get("accuracy"),
-        "local": lambda s: s.get("baselines", {}).get("local", {}).get("mean_accuracy"),
+        "zero_shot": lambda s: (s.get("before") or {}).get("test", {}).get(goal.key),
+        "single": lambda s: s.get("baselines", {}).get("single", {}).get("test", {}).get(goal.key),
+        "local": lambda s: _mean_alone(s.get("baselines", {}).get("local", {}), goal),
     }
     for name, find in parts.items():
         seeds: dict[int, float] = {}
@@ -130,19 +154,24 @@ def _references(gathered: Gathered, known: set[str]) -> Iterator[Row]:
             yield Row(name, "", str(len(seeds)), {"final": over_seeds(seeds.values())}, None)
 
 
+def _mean_alone(local: Mapping[str, Any], goal: Goal) -> float | None:
+    """The mean of clients that train alone; earlier versions told their accuracy only."""
+    return local.get("mean", {"accuracy": local.get("mean_accuracy")}).get(goal.key)
+
+
 # What the table says in words
 
 
-def beats(a: Value, b: Value) -> str:
-    """``more``, ``less``, or ``alike`` where the means differ by no more than the larger spread over seeds."""
-    difference = a.mean - b.mean
+def beats(a: Value, b: Value, goal: Goal = ACCURACY) -> str:
+    """``more`` (better), ``less``, or ``alike`` where the means differ by no more than the larger spread over seeds."""
+    difference = goal.sign * (a.mean - b.mean)
     if abs(difference) <= max(a.spread or 0.0, b.spread or 0.0):
         return "alike"
     return "more" if difference > 0 else "less"
 
 
 def federated(table: Table) -> list[Row]:
-    """Rows of federated methods that have a final accuracy, best first."""
+    """Rows of federated methods that have a final figure, best first."""
     return [row for row in table.rows if row.entry is not None and row.entry.federated and row.values["final"]]
 
 
@@ -153,45 +182,46 @@ def ordering(table: Table) -> tuple[str, ...]:
 
 def _held_against(table: Table, name: str) -> Iterator[str]:
     """What is said of one baseline, in each of its settings."""
-    who, word = ("pooled training", "above") if name == "single" else ("training alone", "below")
+    goal, above = table.goal, name == "single"
+    who, word = "pooled training" if above else "training alone", goal.than[0 if above else 1]
     bases = [row for row in table.rows if row.method == name and row.values["final"]]
     compared, broken = 0, 0
     alike: list[str] = []
     for base in bases:
         rows = [row for row in federated(table) if row.setting == base.setting or not base.setting]
         compared += len(rows)
-        found = [row for row in rows if _beyond(row, base, name)]
+        found = [row for row in rows if _beyond(row, base, name, goal)]
         broken += len(found)
-        alike += [row.label for row in rows if beats(row.values["final"], base.values["final"]) == "alike"]
+        alike += [row.label for row in rows if beats(row.values["final"], base.values["final"], goal) == "alike"]
         if found:
-            names = ", ".join(f"{row.label} ({percent(row.values['final'])})" for row in found)
-            at = f"{base.label}, {percent(base.values['final'])}"
+            names = ", ".join(f"{row.label} ({said(goal, row.values['final'])})" for row in found)
+            at = f"{base.label}, {said(goal, base.values['final'])}"
             yield f"The expected order does not hold: {word} {who} ({at}) is {names}."
     if compared and not broken:
-        at = percent(bases[0].values["final"]) if len(bases) == 1 else "in the same setting"
+        at = said(goal, bases[0].values["final"]) if len(bases) == 1 else "in the same setting"
         yield f"No federated method is {word} {who} ({name}, {at}), as expected."
     if alike:
         yield f"Within the spread over seeds of {who}: {', '.join(alike)}."
 
 
-def _beyond(row: Row, base: Row, name: str) -> bool:
+def _beyond(row: Row, base: Row, name: str, goal: Goal) -> bool:
     """Whether a federated method is where none should be: above pooled training, or below training alone."""
-    return beats(row.values["final"], base.values["final"]) == ("more" if name == "single" else "less")
+    return beats(row.values["final"], base.values["final"], goal) == ("more" if name == "single" else "less")
 
 
 # Numbers for people
 
 
-def percent(value: Value | None) -> str:
-    """``85.2 ± 0.6 %``, or without a spread where there is one seed."""
-    return f"{written('percent', value)} %" if value else "-"
+def said(goal: Goal, value: Value | None) -> str:
+    """``85.2 ± 0.6 %`` or ``3.012 ± 0.010 nats``, or without a spread where there is one seed."""
+    return f"{written(goal.kind, value)} {'%' if goal.kind == 'percent' else 'nats'}" if value else "-"
 
 
 def number(kind: str, value: float) -> str:
     """One number of a column, in its unit."""
     if kind == "percent":
         return f"{100 * value:.2f}"
-    if kind == "score":
+    if kind in ("score", "nats"):
         return f"{value:.3f}"
     if kind == "bytes":
         return size(value)
@@ -207,7 +237,7 @@ def written(kind: str, value: Value | None, sign: str = "±") -> str:
     if value is None:
         return "-"
     text = number(kind, value.mean) + (" (p)" if value.note == "predicted" else "")
-    if value.spread is None or (kind not in ("percent", "score") and value.spread <= 5e-4 * abs(value.mean)):
+    if value.spread is None or (kind not in ("percent", "score", "nats") and value.spread <= 5e-4 * abs(value.mean)):
         return text
     return f"{text} {sign} {number(kind, value.spread)}"
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from polyrank.report.goal import goal_of
+
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
 
@@ -70,23 +72,45 @@ def outcome(summary: Mapping[str, Any], adapter: Path) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """What the test split says before and after, and of the baselines."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("test, per token" if "perplexity" in summary["final"]["test"] else "test accuracy")
-    table.add_column("", justify="right")
-    final, selected, baselines = summary["final"], summary["selected"], summary.get("baselines", {})
-    table.add_row("before", reached(summary["before"]["test"]))
-    table.add_row(f"{summary['method']}, final round", f"[bold]{reached(final['test'])}[/]")
+    """What the test split says before and after, and of the baselines; and what a language model is asked besides."""
+    goal, final, selected = goal_of(summary["final"]["test"]), summary["final"], summary["selected"]
+    rows = [("before", summary["before"]), (f"{summary['method']}, final round", final)]
     if selected and selected["round"] != final["round"]:
-        name = f"{summary['method']}, round {selected['round'] + 1} (best on validation)"
-        table.add_row(name, reached(selected["test"]))
+        rows.append((f"{summary['method']}, round {selected['round'] + 1} (best on validation)", selected))
+    baselines = summary.get("baselines", {})
     if "local" in baselines:
         local = baselines["local"]
-        table.add_row(f"best single client ({local['best']})", reached(local["test"]))
-        table.add_row("mean of single clients", reached(local["mean"]))
+        rows.append((f"best single client ({local['best']})", local))
+        rows.append(("mean of single clients", {"test": local.get("mean", {"accuracy": local["mean_accuracy"]})}))
     if "single" in baselines:
-        table.add_row("centralised (pooled data)", reached(baselines["single"]["test"]))
+        rows.append(("centralised (pooled data)", baselines["single"]))
+    asked = [column for column in _ASKED if any(_found(own, column[1:]) is not None for _, own in rows)]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(f"test {goal.axis}")
+    table.add_column("", justify="right")
+    for title, *_ in asked:
+        table.add_column(title, justify="right")
+    for name, own in rows:
+        cells = [(column[0], _found(own, column[1:])) for column in asked]
+        written = ["" if v is None else f"{v:.2f}" if t == "perplexity" else f"{v:.2%}" for t, v in cells]
+        value = reached(own["test"])
+        table.add_row(name, f"[bold]{value}[/]" if own is final else value, *written)
     return table
+
+
+_ASKED = (
+    ("perplexity", "test", "perplexity"),
+    ("multiple choice", "choices", "accuracy"),
+    ("by character", "choices", "accuracy_norm"),
+    ("exact match", "generate", "exact_match"),
+    ("ROUGE-L", "generate", "rougeL"),
+)
+"""Further figures of language models: the title, and where they are in a part of the summary."""
+
+
+def _found(own: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    part, key = path
+    return (own.get(part) or {}).get(key)
 
 
 def heat_map(

@@ -126,7 +126,7 @@ def _point(point: Point, x: Axis, y: Axis) -> dict[str, Any]:
 
 
 def _dot(dot: Dot, place: int, x: Axis) -> list[dict[str, Any]]:
-    value, spread = _format(x, "x"), f" ± {dot.spread:.2%}" if dot.spread else ""
+    value, spread = _format(x, "x"), f" ± {_number(dot.spread, x)}" if dot.spread else ""
     mean = {
         **{"type": "scatter", "mode": "markers", "x": [short(dot.value)], "y": [place], "meta": dot.label},
         **{"marker": _marker(dot.style, 13), "showlegend": False},
@@ -147,6 +147,10 @@ def _dot(dot: Dot, place: int, x: Axis) -> list[dict[str, Any]]:
         },
     }
     return [seeds, mean]
+
+
+def _number(value: float, axis: Axis) -> str:
+    return f"{value:.2%}" if axis.kind == "percent" else f"{value:.4g}"
 
 
 def _level(level: Point, across: tuple[float, float], y: Axis) -> dict[str, Any]:

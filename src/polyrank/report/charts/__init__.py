@@ -30,7 +30,7 @@ _SECTIONS = {
     "errors": ("Errors", ("confusion",)),
 }
 _NEEDS = {
-    "ranking": "final accuracies of two methods or baselines",
+    "ranking": "final figures of two methods or baselines",
     "accuracy": "rounds that were evaluated on validation data",
     "accuracy_over_bytes": "federated rounds that were evaluated",
     "accuracy_over_seconds": "simulated seconds: groups of the fleet that state uplink and downlink",

@@ -10,6 +10,7 @@ import numpy as np
 
 from polyrank.report.charts.shapes import MOST_POINTS, Axis, Line, Lines, scaled, thinned
 from polyrank.report.gather import Entry, Gathered
+from polyrank.report.goal import ACCURACY, Goal
 from polyrank.report.records import Recorded, Round
 from polyrank.report.styles import Style, style_of
 
@@ -33,13 +34,14 @@ def metric(key: str) -> Read:
     return lambda r: r.metrics.get(key)
 
 
-def worst_client(r: Round) -> float | None:
-    """The lowest accuracy of a client on its own held-out data."""
-    return min(r.clients.values(), default=None)
+def worst_client(goal: Goal) -> Read:
+    """Reads what the worst client has on its own held-out data."""
+    worst = min if goal.sign > 0 else max
+    return lambda r: worst(r.clients.values(), default=None)
 
 
 def client_spread(r: Round) -> float | None:
-    """The standard deviation of accuracy over clients."""
+    """The standard deviation over clients."""
     return float(np.std(list(r.clients.values()))) if r.clients else None
 
 
@@ -89,19 +91,21 @@ def _lines(gathered: Gathered, read: Read, along: Read | None = None, *, sent: b
 
 def over_rounds(gathered: Gathered) -> Iterator[Lines]:
     """The curves whose horizontal axis is the round."""
-    accuracy = Axis("validation accuracy", "percent")
-    share = Axis("accuracy on own held-out data", "percent")
+    goal, name = gathered.goal, _named(gathered)
+    reached = Axis(f"validation {goal.axis}", goal.scale)
+    own = Axis(goal.own, goal.scale)
     plans: Sequence[tuple[str, str, str, Axis, Read]] = (
-        ("accuracy", "Accuracy over rounds", "How fast each method learns.", accuracy, metric("validation/accuracy")),
+        ("accuracy", f"{name} over rounds", "How fast each method learns.", reached, metric(f"validation/{goal.key}")),
         ("loss", "Local loss over rounds", "Mean training loss of the clients of a round.", Axis("loss"), _loss),
         (
             *("worst_client", "The worst client over rounds"),
-            *("Accuracy of the client that the aggregated model serves worst.", share, worst_client),
+            f"{goal.name.capitalize()} of the client that the aggregated model serves worst.",
+            *(own, worst_client(goal)),
         ),
         (
             *("client_spread", "Spread over clients, over rounds"),
-            "Standard deviation of accuracy over clients: 0 serves everybody alike.",
-            *(Axis("standard deviation over clients", "percent"), client_spread),
+            f"Standard deviation of {goal.name} over clients: 0 serves everybody alike.",
+            *(Axis("standard deviation over clients", goal.scale), client_spread),
         ),
         (
             *("aggregation_error", "Aggregation error over rounds"),
@@ -124,6 +128,11 @@ def over_rounds(gathered: Gathered) -> Iterator[Lines]:
             yield Lines(key, title, _said(says, lines), ROUND, y, lines)
 
 
+def _named(gathered: Gathered) -> str:
+    """What is validated, told from the loss of training."""
+    return "Accuracy" if gathered.goal is ACCURACY else "Held-out loss"
+
+
 def _loss(r: Round) -> float | None:
     return r.loss
 
@@ -137,11 +146,12 @@ def _seconds(r: Round) -> float | None:
 
 
 def over_costs(gathered: Gathered) -> Iterator[Lines]:
-    """Accuracy against what it cost so far: bytes of federated methods, and simulated seconds."""
-    read = metric("validation/accuracy")
+    """What was reached against what it cost so far: bytes of federated methods, and simulated seconds."""
+    goal, name = gathered.goal, _named(gathered)
+    read = metric(f"validation/{goal.key}")
     plans = (
-        ("bytes", "Accuracy over bytes", "What a byte buys: traffic of all clients, both ways, so far.", _sent),
-        ("seconds", "Accuracy over simulated time", "What waiting buys, with the fleet's own links.", _seconds),
+        ("bytes", f"{name} over bytes", "What a byte buys: traffic of all clients, both ways, so far.", _sent),
+        ("seconds", f"{name} over simulated time", "What waiting buys, with the fleet's own links.", _seconds),
     )
     for unit, title, says, along in plans:
         lines = _lines(gathered, read, along, sent=True)
@@ -151,7 +161,7 @@ def over_costs(gathered: Gathered) -> Iterator[Lines]:
             "sent and received" if unit == "bytes" else "simulated time", (line.x[-1] for line in lines), unit
         )
         moved = tuple(replace(line, x=tuple(value / factor for value in line.x)) for line in lines)
-        y = Axis("validation accuracy", "percent")
+        y = Axis(f"validation {goal.axis}", goal.scale)
         yield Lines(f"accuracy_over_{unit}", title, _said(says, lines), x, y, moved)
 
 

@@ -25,16 +25,16 @@ from polyrank.report.charts.shapes import (
     thinned,
 )
 from polyrank.report.gather import Gathered
+from polyrank.report.goal import Goal
 from polyrank.report.styles import style_of
 from polyrank.report.tables import Row, Table
 
-_ACCURACY = Axis("test accuracy, final round", "percent")
 _MOST_CLASSES = 200
 
 
 def ranking(gathered: Gathered, table: Table) -> Iterator[Dots]:
-    """Final test accuracy, best on top."""
-    styles = looks(gathered)
+    """The final test figure, best on top."""
+    goal, styles = gathered.goal, looks(gathered)
     known = [row for row in table.rows if row.values["final"]]
     trained = [row for row in known if row.method != "zero_shot"]
     rows = trained if len(trained) > 1 else known
@@ -44,11 +44,15 @@ def ranking(gathered: Gathered, table: Table) -> Iterator[Dots]:
         if (value := row.values["final"]) is not None
     ]
     if len(dots) > 1:
-        says = "Test accuracy after the last round"
+        says = f"Test {goal.name} after the last round"
         if any(len(dot.single) > 1 for dot in dots):
             says += ": the mean over seeds, one standard deviation either way, and the single seeds as small dots"
         says += "." if rows == known else "; the untrained model is in the table only."
-        yield Dots("ranking", "Final accuracy", says, _ACCURACY, Axis(""), tuple(dots))
+        yield Dots("ranking", f"Final {goal.name}", says, _final(goal), Axis(""), tuple(dots))
+
+
+def _final(goal: Goal) -> Axis:
+    return Axis(f"test {goal.axis}, final round", goal.scale)
 
 
 def front(gathered: Gathered, table: Table) -> Iterator[Points]:
@@ -56,7 +60,7 @@ def front(gathered: Gathered, table: Table) -> Iterator[Points]:
     rows = [row for row in table.rows if row.values["final"] and row.values.get("up") and row.values.get("down")]
     if not rows:
         return
-    styles = looks(gathered)
+    goal, styles = gathered.goal, looks(gathered)
     x, factor = scaled("sent and received in all", (_bytes(row) for row in rows), "bytes")
     points = []
     for row in rows:
@@ -69,11 +73,13 @@ def front(gathered: Gathered, table: Table) -> Iterator[Points]:
         if row.method in ("single", "local") and row.values["final"]
     )
     says = (
-        "Up and to the left is better. Rings and the grey line mark the methods that no other beats in both; "
+        f"{'Up' if goal.sign > 0 else 'Down'} and to the left is better. "
+        "Rings and the grey line mark the methods that no other beats in both; "
         "horizontal lines are baselines that send nothing."
     )
-    title = "Accuracy against communication"
-    yield Points("front", title, says, x, _ACCURACY, tuple(points), pareto([(p.x, p.y) for p in points]), levels)
+    title = f"{goal.name.capitalize()} against communication"
+    unbeaten = tuple((a, goal.sign * b) for a, b in pareto([(p.x, goal.sign * p.y) for p in points]))
+    yield Points("front", title, says, x, _final(goal), tuple(points), unbeaten, levels)
 
 
 def _bytes(row: Row) -> float:
@@ -91,8 +97,9 @@ def pareto(places: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], 
 
 
 def fairness(gathered: Gathered) -> Iterator[Lines | Heat]:
-    """Accuracy of the final model on each client's own data: sorted, and client by client where they are few."""
-    styles = looks(gathered)
+    """What the final model reaches on each client's own data: sorted, and client by client where they are few."""
+    goal, styles = gathered.goal, looks(gathered)
+    name = goal.name.capitalize()
     lines, known = [], {}
     for entry in gathered.entries:
         runs = [own for run in entry.shown if (own := measures.clients(run))]
@@ -101,16 +108,21 @@ def fairness(gathered: Gathered) -> Iterator[Lines | Heat]:
         names = sorted(set.intersection(*map(set, runs)))
         known[entry.label] = {name: float(np.mean([own[name] for own in runs])) for name in names}
         sizes = {len(own) for own in runs}
-        ordered = np.mean([sorted(own.values()) for own in runs], axis=0) if len(sizes) == 1 else np.array([])
+        ordered = (
+            np.mean([sorted(own.values(), reverse=goal.sign < 0) for own in runs], axis=0)
+            if len(sizes) == 1
+            else np.array([])
+        )
         if len(ordered):
             kept = thinned(len(ordered), MOST_POINTS)
             x = tuple((place + 0.5) / len(ordered) for place in kept)
             lines.append(Line(entry.label, styles[entry.label], x, tuple(float(ordered[i]) for i in kept)))
-    y = Axis("accuracy on own held-out data", "percent")
+    y = Axis(goal.own, goal.scale)
     if lines:
-        says = "Each client's accuracy, from the worst to the best: higher on the left and flatter is fairer."
+        fair = "higher" if goal.sign > 0 else "lower"
+        says = f"Each client's {goal.name}, from the worst to the best: {fair} on the left and flatter is fairer."
         x = Axis("clients, worst to best", "percent")
-        yield Lines("client_accuracy", "Accuracy of clients, worst to best", says, x, y, tuple(lines))
+        yield Lines("client_accuracy", f"{name} of clients, worst to best", says, x, y, tuple(lines))
     clients = sorted(set().union(*known.values())) if known else []
     if known and len(clients) <= MOST_ROWS:
         members = gathered.runs[0].facts.get("members") or {}
@@ -118,8 +130,8 @@ def fairness(gathered: Gathered) -> Iterator[Lines | Heat]:
         values = np.array([[own.get(c, np.nan) for c in clients] for own in known.values()])
         starts = _starts([_group(members, c) for c in clients])
         panel = Panel("all methods", tuple(known), tuple(clients), (Frame("final", values),), starts)
-        says = "Who gains from which method: accuracy of the final model on each client's own held-out data."
-        title = "Accuracy client by client"
+        says = f"Who gains from which method: {goal.name} of the final model on each client's own held-out data."
+        title = f"{name} client by client"
         yield Heat("clients", title, says, Axis("client"), Axis(""), (panel,), y)
 
 

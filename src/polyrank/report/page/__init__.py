@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -22,6 +22,7 @@ from polyrank.report.web import embedded, spec
 MARKER = "<!-- polyrank report: made by a command, may be replaced by it -->"
 """How a report is recognised, wherever it lies. Nothing else is ever replaced."""
 _MOST_DIFFERENCES = 200
+_MOST_SAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def page(gathered: Gathered, table: Table) -> str:
         hero=hero,
         sections=sections,
         missing=missing,
+        samples=_samples(gathered),
         legend=_legend(gathered, drawn),
         shared=shared,
         differing=differing,
@@ -78,6 +80,12 @@ def page(gathered: Gathered, table: Table) -> str:
         script=_text("page.js"),
         style=_text("page.css"),
     )
+
+
+def _samples(gathered: Gathered) -> list[tuple[str, Sequence[Mapping[str, str]]]]:
+    """What the model of each method answers, of its first seed."""
+    shown = ((entry.label, entry.example.samples[:_MOST_SAMPLES]) for entry in gathered.entries)
+    return [(label, rows) for label, rows in shown if rows]
 
 
 def _text(name: str) -> str:
