@@ -32,6 +32,7 @@ class Base:
         head: names of the dense parameters that are trained: all outside the backbone, and the `new` ones,
             which its checkpoint lacked; none of a causal language model.
         causal: whether it predicts next tokens.
+        output: the layer that makes logits of them, if so.
         info: what an exported adapter's config says of the model.
         device: where it runs.
         weights: elements of the backbone's linear layers.
@@ -55,6 +56,7 @@ class Base:
         backbone = backbone_of(model)
         # What a causal model predicts tokens with is pretrained, as large as the vocabulary, and often the embedding.
         self.causal = hasattr(model, "generate") and model.can_generate()
+        self.output: nn.Module | None = model.get_output_embeddings() if self.causal else None  # type: ignore[assignment]
         outside = (n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
         self.head = () if self.causal else tuple(outside)
         linear = [n for n, m in self.modules.items() if _is_linear(m)]

@@ -18,8 +18,10 @@ _FAMILIES = {
     "deit": ("vit", 6),
     "electra": ("bert", 6),
     "gpt2": ("gpt2", 4),
+    "gpt_neox": ("gpt_neox", 4),
     "llama": ("llama", 7),
     "mistral": ("llama", 7),
+    "opt": ("opt", 6),
     "qwen2": ("llama", 7),
     "roberta": ("bert", 6),
     "vit": ("vit", 6),
@@ -49,7 +51,7 @@ def architecture(
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     activation = "bloom_gelu" if config.model_type == "bloom" else str(activation)
     plain = all(len(names) == per_block for names in inside) and activation in ACTIVATIONS
-    if not plain or not tokens:
+    if not plain or not tokens or not _usual(config):
         family = ""  # a variant with other layers, such as cross-attention, or inputs of unknown length
     heads = config.num_attention_heads
     parameters = list(model.parameters())
@@ -68,4 +70,11 @@ def architecture(
         causal=causal,
         weights=max((p.element_size() for p in parameters if p.is_floating_point()), default=4),
         parameters=sum(p.numel() for p in parameters),
+        rotated=(getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0),
     )
+
+
+def _usual(config: Any) -> bool:
+    """Whether the blocks are put together as most models of the family are: Pythia's, OPT's but for the one of 350M."""
+    before = getattr(config, "do_layer_norm_before", True) and not getattr(config, "_remove_final_layer_norm", False)
+    return bool(before and getattr(config, "use_parallel_residual", True))
