@@ -101,9 +101,7 @@ def config(family: str, size: str, attention: str, vocabulary: int = 100) -> Any
         grouped = {"num_key_value_heads": heads // 2, "intermediate_size": mlp, "max_position_embeddings": 64}
         return transformers.LlamaConfig(**common, **text, **names, **grouped)
     if family == "gpt_neox":
-        return transformers.GPTNeoXConfig(
-            **common, **text, **names, intermediate_size=mlp, max_position_embeddings=64
-        )
+        return transformers.GPTNeoXConfig(**common, **text, **names, intermediate_size=mlp, max_position_embeddings=64)
     if family == "opt":
         return transformers.OPTConfig(
             **common, **text, **names, ffn_dim=mlp, max_position_embeddings=64, word_embed_proj_dim=hidden

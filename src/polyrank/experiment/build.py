@@ -34,6 +34,7 @@ from polyrank.local.adapters import AdapterInfo
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.dp import require_opacus
+from polyrank.local.quantized import check_quantization
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
 from polyrank.local.prefix import Prefixes
@@ -177,6 +178,8 @@ def _ground(experiment: Experiment) -> _Ground:
     method = experiment.build_method()
     if experiment.protection():
         require_opacus()
+    if experiment.model.quantize is not None:
+        check_quantization(experiment.model.quantize, pick_device(experiment.device))
     check_stated_ranks(experiment)
     planned = describe(experiment, method)
     budgets = group_budgets(experiment, method, planned)

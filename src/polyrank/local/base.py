@@ -20,7 +20,7 @@ from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
-from polyrank.local.describe import architecture
+from polyrank.local.describe import architecture, quantization_of
 from polyrank.local.targets import resolve_targets
 
 
@@ -48,7 +48,9 @@ class Base:
         new: Sequence[str] = (),
         tokens: int = 0,
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().requires_grad_(False)
+        if quantization_of(model) is None:  # quantised layers are where they were loaded to
+            self.model.to(device)
         if getattr(model.config, "use_cache", False):
             model.config.use_cache = False  # nothing here generates; a cache would only copy keys and values
         self.device = torch.device(device)

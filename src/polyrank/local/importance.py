@@ -110,9 +110,7 @@ def _factors(model: Attachment) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (model.A[name], model.B[name]) for name in model.A}
 
 
-def _backward(
-    base: Base, model: Attachment, data: Examples, chosen: Indices, query: Query, uniforms: Uniforms
-) -> None:
+def _backward(base: Base, model: Attachment, data: Examples, chosen: Indices, query: Query, uniforms: Uniforms) -> None:
     """Gradients of the sum over examples of the log-likelihood of what is asked, or of its logit."""
     batch = data.batch(chosen)
     with asked_alone(base.output, batch["labels"]):
