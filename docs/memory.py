@@ -71,9 +71,9 @@ COLUMNS = """
 CAUSAL_HEAD = """
 ## Activations of causal language models
 
-The same for tiny models that predict the next token, of {vocabulary:,} tokens, with every token learnt. The output layer is
+The same for tiny models that predict the next of {vocabulary:,} tokens, with every token learnt. The output layer is
 frozen and sees only the positions whose next token is asked for; of its logits autograd keeps the log-probabilities, 4
-bytes for each token of the text and of the vocabulary. Where only responses are learnt, it is less than the plan says.
+bytes for each token of a text times each of the vocabulary. Where only responses are learnt, it is less than planned.
 """
 PEAK_HEAD = """
 ## Peaks

@@ -34,10 +34,10 @@ from polyrank.local.adapters import AdapterInfo
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.dp import require_opacus
-from polyrank.local.quantized import check_quantization
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
 from polyrank.local.prefix import Prefixes
+from polyrank.local.quantized import check_quantization
 
 
 @dataclass(frozen=True)
