@@ -146,10 +146,10 @@ def test_where_it_is_unsupported_nothing_is_loaded(
 
 
 def test_half_precision_is_refused_on_a_cpu(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="model.dtype: float16: training on a CPU takes float32 or bfloat16"):
+    with pytest.raises(ModelError, match=r"model.dtype: float16: training on a CPU takes float32 or bfloat16"):
         loaded(folder, None, dtype="float16")
     transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="model.dtype: float16"):
+    with pytest.raises(ModelError, match=r"model.dtype: float16"):
         loaded(tmp_path, None, dtype="auto")
 
 

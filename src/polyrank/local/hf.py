@@ -123,9 +123,7 @@ def load_base(
     _check_dtype(model.dtype, device)
     new = [key for key in report["missing_keys"] if key.startswith(prefix)]
     if new and quantize is not None:
-        raise ModelError(
-            f"model.quantize: {quantize}: {name!r} lacks {sorted(new)[0]}, and what is new is not quantised"
-        )
+        raise ModelError(f"model.quantize: {quantize}: {name!r} lacks {min(new)}, and what is new is not quantised")
     if kind == "image":
         tokens = image_tokens(model.config, image_size)
     model = _with_padding(model) if kind == "text" else model
@@ -213,9 +211,7 @@ def _quantized(
 
 def _check_dtype(dtype: torch.dtype | None, device: str) -> None:
     if dtype == torch.float16 and torch.device(device).type == "cpu":
-        raise ModelError(
-            "model.dtype: float16: training on a CPU takes float32 or bfloat16; a GPU takes float16 as well"
-        )
+        raise ModelError("model.dtype: float16: training on a CPU takes float32 or bfloat16; float16 takes a GPU")
 
 
 def _dtype(dtype: str, config: Any = None) -> Any:

@@ -38,8 +38,8 @@ def loading(wanted: Quantization, empty: Base, device: str, dtype: torch.dtype) 
     conv = [name for name, module in empty.modules.items() if transposed(module)]
     if conv:
         raise InputError(
-            f"model.quantize: {wanted}: {conv[0]} of {empty.model.config.model_type} is a Conv1D, which keeps its weight "
-            "transposed; leave model.quantize out, or take a model with linear layers"
+            f"model.quantize: {wanted}: {conv[0]} of {empty.model.config.model_type} is a Conv1D, which keeps its "
+            "weight transposed; leave model.quantize out, or take a model with linear layers"
         )
     backbone = backbone_of(empty.model)
     kept = [n for n, m in empty.modules.items() if isinstance(m, nn.Linear) and not n.startswith(backbone)]
@@ -55,8 +55,8 @@ def loading(wanted: Quantization, empty: Base, device: str, dtype: torch.dtype) 
 def settled(model: nn.Module) -> nn.Module:
     """A model just loaded, kept from changing itself: bitsandbytes would, in passes without gradients.
 
-    On CPUs with bfloat16 products it packs 4-bit weights anew and rounds their scales, so that training would go on from
-    another base; and an 8-bit layer takes its bias over into the dtype of what it is given, such as autocast's.
+    On CPUs with bfloat16 products it packs 4-bit weights anew and rounds their scales, so that training would go on
+    from another base; and an 8-bit layer takes its bias over into the dtype of what it is given, such as autocast's.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
