@@ -148,10 +148,12 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name):
         _refused(name, train=path, test=path, text="text")
 
 
-def test_a_json_array_is_not_json_lines(tmp_path):
+def test_json_is_an_array_or_one_object_a_line(tmp_path):
     path = tmp_path / "t.json"
-    path.write_text('[{"text": "a", "label": 0}]')
-    _refused("one object a line", train=path, test=path, text="text")
+    path.write_text('[{"text": "007", "label": 0},\n {"text": "b", "label": 1}]')
+    assert files(train=path, test=path, text="text").train.inputs == ["007", "b"]
+    path.write_text('"text"')
+    _refused("one object a line, or one array of them", train=path, test=path, text="text")
 
 
 @pytest.mark.parametrize(

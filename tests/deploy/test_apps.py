@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+import talking
+
 flwr = pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
 from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
@@ -16,11 +18,17 @@ from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
+from polyrank.data.source import Prompting  # noqa: E402
 from polyrank.deploy import client, server  # noqa: E402
+from polyrank.deploy.site import Site  # noqa: E402
 from polyrank.engines.audit import Audit  # noqa: E402
+from polyrank.engines.letters import ask_profile  # noqa: E402
+from polyrank.errors import InputError  # noqa: E402
 from polyrank.experiment.loading import parse  # noqa: E402
 from polyrank.experiment.machine import on_this_machine  # noqa: E402
+from polyrank.experiment.models import prompting_of  # noqa: E402
 from polyrank.experiment.session import Session  # noqa: E402
+from polyrank.experiment.shares import export_shares, share_data  # noqa: E402
 from polyrank.experiment.store import Run  # noqa: E402
 from polyrank.methods import METHODS  # noqa: E402
 
@@ -163,3 +171,46 @@ def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config
                     assert predicted < theirs[way][client_] < 1.02 * predicted
     history = (tmp_path / "ffa_lora-sites" / "client_0" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in history] == [0, 1]
+
+
+def talking_sites(folder: Path, config: Config, **data: Any) -> dict[str, Path]:
+    """Sites with the files that `polyrank data --export` writes of the experiment; `data` differs from its manifest."""
+    experiment = parse(config, "test", Path())
+    manifest = export_shares(folder, experiment, share_data(experiment))
+    found = {}
+    for rank, (name, entry) in zip((1, 2, 4), manifest["clients"].items(), strict=True):
+        own = {**manifest["data"], "train": f"../{entry['file']}", "test": f"../{entry['file']}", **data}
+        found[name] = folder / name / "site.yaml"
+        found[name].parent.mkdir()
+        site = {"model": config["model"]["name"], "data": own, "rank": rank, "threads": 1}
+        found[name].write_text(yaml.safe_dump(site))
+    return found
+
+
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_a_language_model_is_deployed_to_the_simulator_s_bytes(tmp_path: Path, rehearsed: bool) -> None:
+    chosen = talking.experiment(tmp_path) | {"method": {"name": "rb_lora"}}
+    one = simulated(tmp_path / "simulated", chosen)
+    if rehearsed:
+        sites = sites_of(tmp_path / "sites", chosen, NAMES)
+        for path in sites.values():
+            path.write_text(path.read_text().replace("digits-vit", chosen["model"]["name"]))
+    else:
+        sites = talking_sites(tmp_path / "sites", chosen)
+    other = deployed(tmp_path / "deployed", chosen, InProcessGrid(sites))
+    for part in ("state/checkpoint.safetensors", "adapter/adapter_model.safetensors"):
+        assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes(), part
+    for mine, theirs in zip(one.records(), other.records(), strict=True):
+        assert mine["losses"] == theirs["losses"]
+        assert mine["metrics"] == theirs["metrics"]
+
+
+@pytest.mark.parametrize("own", [{"template": "alpaca"}, {"train_on_inputs": True}])
+def test_a_site_that_words_prompts_in_another_way_is_refused(tmp_path: Path, own: dict[str, Any]) -> None:
+    chosen = talking.experiment(tmp_path)
+    name, path = next(iter(talking_sites(tmp_path / "sites", chosen, **own).items()))
+    prompting = prompting_of(Prompting("alpaca_short"))
+    asked = {"kind": "causal", "classes": [], "targets": "attention", "max_length": 32, "prompting": prompting}
+    said = rf"{name}/site\.yaml: data: prompts are made by .*, and the server's by .*alpaca_short"
+    with pytest.raises(InputError, match=said):
+        Site(path).answer("profile", ask_profile(asked))

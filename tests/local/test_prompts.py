@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from polyrank.data import DataError, Source, instructions, prepare_causal
+from polyrank.data import DataError, Source, instructions, prepare_causal, warn_of_silent
 from polyrank.data.causal import IGNORED
 from polyrank.data.prompts import prompt_of
 from polyrank.data.source import Prompting, Turn
@@ -141,7 +141,16 @@ def test_what_is_cut_off_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert (len(tokens), found) == (15, ["It"])
     _, found = learnt(tokenizer(tmp_path), ASKED, Prompting("alpaca_short"), length=10)
     assert found == []
-    assert "1 of 1 texts teach nothing: their response is empty, or cut off" in caplog.text
+    made = causal_processor(str(tmp_path), 10, Prompting("alpaca_short"))
+    turns = [ASKED, BARE, Turn("Say hi", "", "")]
+    split = prepare_causal(Source(turns, np.zeros(3, np.int64)), made.encode, made.pad_id, "x")
+    assert split.silent == 2
+    warn_of_silent(split, "train", 10)
+    said = "train: of 2 of 3 texts nothing is asked: their response is empty, or cut off"
+    assert f"{said} (model.max_length is 10 tokens)" in caplog.text
+    cut = prepare_causal(Source([ASKED], np.zeros(1, np.int64)), made.encode, made.pad_id, "x")
+    with pytest.raises(DataError, match=r"test: of 1 of 1 texts nothing is asked.* model.max_length is 10 tokens"):
+        warn_of_silent(cut, "test", 10)
 
 
 def test_a_batch_is_padded_on_the_right_and_padding_is_not_learnt(tmp_path: Path) -> None:

@@ -88,10 +88,10 @@ def _asked(methods: str | None, seeds: str | None, grid: list[str] | None) -> St
 
 
 def _reached(summary: dict[str, Any]) -> str:
-    from polyrank.report.terminal import size, span
+    from polyrank.report.terminal import reached, size, span
 
     sent = size(summary["bytes_up"] + summary["bytes_down"])
-    return f"{summary['final']['test']['accuracy']:.2%}, {sent} sent, {span(summary['wall_seconds'])}"
+    return f"{reached(summary['final']['test'])}, {sent} sent, {span(summary['wall_seconds'])}"
 
 
 def _table(folder: Path) -> None:

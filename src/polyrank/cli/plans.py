@@ -82,17 +82,23 @@ def data(
     file: Annotated[Path | None, typer.Argument(help="An experiment; the embedded one if left out.")] = None,
     set_: Set = None,
     png: Annotated[Path | None, typer.Option(help="Also draw the split into this PNG.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write a file for each client, and the server's, to DIR.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Show how an experiment's training data is split among its clients."""
+    """Show how an experiment's training data is split among its clients; write each one's to a file of its own."""
     with mistakes():
+        from polyrank.data import refuse_used
         from polyrank.experiment.loading import load
-        from polyrank.experiment.shares import fleet_profiles, share_data
+        from polyrank.experiment.shares import export_shares, fleet_profiles, share_data
         from polyrank.report.figures import split_heat_map
         from polyrank.report.terminal import heat_map
 
         path = file or embedded("digits.yaml")
         experiment = load(path, set_)
+        if export is not None:
+            refuse_used(export)
         shares = share_data(experiment)
         profiles = fleet_profiles(experiment.fleet, shares)
         dataset, clients = shares.dataset, list(shares.clients)
@@ -100,6 +106,8 @@ def data(
         if png is not None:
             title = f"{path.stem}: {experiment.data.partition.name}"
             split_heat_map(png, counts, clients, list(dataset.classes), title)
+        if export is not None:
+            export_shares(export, experiment, shares)
         if json_:
             rows = [
                 {"client": c, "group": profiles[c].group, "examples": int(row.sum()), "classes": row.tolist()}
@@ -119,3 +127,5 @@ def data(
         )
         if png is not None:
             out.print(f"picture: {png}", highlight=False)
+        if export is not None:
+            out.print(f"files: {export}; read back with data: {{name: per_client, folder: {export}}}", highlight=False)

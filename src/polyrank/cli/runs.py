@@ -119,6 +119,7 @@ def evaluate(
         if json_:
             print(json.dumps({"run": str(folder), "adapter": str(adapter), "split": split, **metrics}))
         else:
-            out.print(
-                f"{split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} ({adapter})", highlight=False
-            )
+            shown = f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}"
+            if "perplexity" in metrics:
+                shown = f"{metrics['loss']:.4f} nats per token, perplexity {metrics['perplexity']:.2f}"
+            out.print(f"{split} {shown} ({adapter})", highlight=False)

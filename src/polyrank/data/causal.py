@@ -11,7 +11,7 @@ import torch
 
 from polyrank.data.cache import cache_path, log, replacing
 from polyrank.data.prepare import read_arrays_of
-from polyrank.data.source import Source, Turn
+from polyrank.data.source import DataError, Source, Turn
 
 IGNORED = -100
 """The label of a token that nothing is asked of."""
@@ -53,6 +53,11 @@ class CausalSplit:
         """Tokens of each text that are asked for, int64 (N,): those from `starts` on, but never the first of all."""
         return np.maximum(self.lengths - np.maximum(self.starts, 1), 0)
 
+    @property
+    def silent(self) -> int:
+        """Texts of which nothing is asked, because their response is empty or was cut off."""
+        return int((self.targets == 0).sum())
+
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels (all b x longest, int64; padded on the right)."""
         lengths = self.lengths[indices]
@@ -71,8 +76,6 @@ class CausalSplit:
 def prepare_causal(source: Source, encode: Encode, pad_id: int, fingerprint: str) -> CausalSplit:
     """Tokenises a split once; the next call with the same turns and fingerprint reads the result from disk.
 
-    What nothing can be learnt from, because a response is empty or was cut off, is counted in a warning.
-
     Args:
         source: turns.
         encode: turns to token ids and the position of the first that is learnt, cut as the model needs.
@@ -87,10 +90,22 @@ def prepare_causal(source: Source, encode: Encode, pad_id: int, fingerprint: str
         if path:
             with replacing(path) as temporary:
                 np.savez(temporary, ids=ready[0], offsets=ready[1], starts=ready[2])
-    split = CausalSplit(ready[0], ready[1], ready[2], source.labels, pad_id)
-    if nothing := int((split.targets == 0).sum()):
-        log.warning("%d of %d texts teach nothing: their response is empty, or cut off", nothing, len(split))
-    return split
+    return CausalSplit(ready[0], ready[1], ready[2], source.labels, pad_id)
+
+
+def warn_of_silent(split: CausalSplit, name: str, max_length: int) -> None:
+    """A warning that counts the texts of a split of which nothing is asked.
+
+    Raises:
+        DataError: if those are all.
+    """
+    if not split.silent or not len(split):
+        return
+    said = f"{name}: of {split.silent} of {len(split)} texts nothing is asked: their response is empty, or cut off"
+    advice = f"model.max_length is {max_length} tokens"
+    if split.silent == len(split):
+        raise DataError(f"{said}; {advice}, and data.response names the column of responses")
+    log.warning("%s (%s)", said, advice)
 
 
 def _tokenise(turns: Sequence[Turn], encode: Encode, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

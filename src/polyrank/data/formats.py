@@ -6,6 +6,7 @@ import difflib
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +63,10 @@ def require_columns(wanted: list[str], present: list[str], where: str) -> None:
 
 
 def read_table(path: Path, columns: list[str], text: list[str]) -> pa.Table:
-    """The named columns of a parquet, CSV or JSON-lines file; those in `text` are never taken for numbers."""
+    """The named columns of a parquet, CSV or JSON file; those in `text` are never taken for numbers.
+
+    JSON is one object a line, or one array of objects.
+    """
     kind = kind_of(path)
     try:
         if kind == "parquet":
@@ -71,6 +75,8 @@ def read_table(path: Path, columns: list[str], text: list[str]) -> pa.Table:
             types = {name: pa.string() for name in text}
             options = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
             return pa.csv.read_csv(path, parse_options=_CSV, convert_options=options)
+        if _is_array(path):
+            return _array(path, columns, text)
         schema = pa.schema([(name, pa.string()) for name in text])
         options = pa.json.ParseOptions(explicit_schema=schema)
         blocks = pa.json.ReadOptions(block_size=_LONGEST_ROW)
@@ -92,10 +98,33 @@ def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
     return DataError(f"{path}: not a readable {kind} file: {error}")
 
 
+def _is_array(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        while (first := file.read(1)).isspace():
+            pass
+    return first == "["
+
+
+def _array(path: Path, columns: list[str], text: list[str]) -> pa.Table:
+    rows = _rows(path)
+    read = {name: [row.get(name) for row in rows] for name in columns}
+    return pa.table({name: pa.array(read[name], pa.string() if name in text else None) for name in columns})
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"entry {number} of its array is not an object")
+    return list(rows)
+
+
 def _first_keys(path: Path) -> list[str]:
+    if _is_array(path):
+        return list(next(iter(_rows(path)), {}))
     with path.open(encoding="utf-8") as lines:
         first = next((line for line in lines if line.strip()), "")
     row = json.loads(first) if first else None
     if not isinstance(row, dict):
-        raise ValueError("its first line is not a JSON object (one object a line is expected)")
+        raise ValueError("its first line is not a JSON object (one object a line, or one array of them, is expected)")
     return list(row)

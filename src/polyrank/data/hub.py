@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from polyrank.data.formats import require_columns
 from polyrank.data.source import DataError, Dataset, unknown
@@ -44,17 +47,32 @@ def hub(
         DataError: if the data set cannot be loaded, or for a split, column or value that cannot be used.
     """
     wanted = wanted_columns(text, image, label, columns)
-    loaded = _load(path, name=config, revision=revision, data_files=data_files)
     splits = [split for split in (train, validation, test) if split is not None]
-    for split in splits:
+    options = {"name": config, "revision": revision, "data_files": data_files}
+    tables = hub_tables(path, [(split, wanted.all) for split in splits], **options)
+    return to_dataset(path, wanted.kind, [from_table(table, wanted, where) for where, table in tables], classes)
+
+
+def hub_tables(path: str, wanted: Sequence[tuple[str, list[str]]], **options: Any) -> list[tuple[str, pa.Table]]:
+    """What each wanted split is called in messages, and its columns.
+
+    Args:
+        path: the name on the hub.
+        wanted: splits, each with the columns to read.
+        options: of `datasets.load_dataset`.
+
+    Raises:
+        DataError: if the data set cannot be loaded, or for a split or column that it does not have.
+    """
+    loaded = _load(path, **options)
+    for split, columns in wanted:
         if split not in loaded:
             raise unknown("split", split, loaded, path)
-        require_columns(wanted.all, loaded[split].column_names, f"{path}, split {split!r}")
-    raws = []
-    for split in splits:
-        table = loaded[split].select_columns(wanted.all).with_format("arrow")[:]
-        raws.append(from_table(table, wanted, f"{path}, split {split!r}"))
-    return to_dataset(path, wanted.kind, raws, classes)
+        require_columns(columns, loaded[split].column_names, f"{path}, split {split!r}")
+    return [
+        (f"{path}, split {split!r}", loaded[split].select_columns(columns).with_format("arrow")[:])
+        for split, columns in wanted
+    ]
 
 
 def _load(path: str, **options: Any) -> Any:

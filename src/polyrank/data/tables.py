@@ -71,7 +71,7 @@ def files(
     for path in paths:
         require_columns(wanted.all, column_names(path), str(path))
     names = _read_classes(classes)
-    splits = [_read(path, wanted) for path in paths]
+    splits = [read_raw(path, wanted) for path in paths]
     return to_dataset("files", wanted.kind, splits, names)
 
 
@@ -113,7 +113,8 @@ def to_dataset(name: str, kind: Literal["text", "image"], splits: list[Raw], cla
     return Dataset(name, kind, train, validation, test, tuple(classes))
 
 
-def _read(path: Path, wanted: Columns) -> Raw:
+def read_raw(path: Path, wanted: Columns) -> Raw:
+    """One split from a file that has the wanted columns."""
     if kind_of(path) != "npz":
         return from_table(read_table(path, wanted.all, wanted.inputs), wanted, str(path))
     arrays = read_arrays(path, wanted.all)

@@ -21,7 +21,8 @@ from yaml import YAMLError
 from polyrank.core.privacy import Privacy
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile
-from polyrank.data import Source
+from polyrank.data import CausalSplit, Source, warn_of_silent
+from polyrank.data.source import Prompting
 from polyrank.engines.letters import decode_query, encode_profile, encode_scores
 from polyrank.engines.post import Kind
 from polyrank.engines.wire import LISTING, WireError, decode_task, digest, encode_update, opened
@@ -31,7 +32,7 @@ from polyrank.experiment.config import ConfigError, Count, ModelConfig, PrivacyC
 from polyrank.experiment.loading import anchored, load, located, read_yaml, validated
 from polyrank.experiment.machine import default_threads, pick_device
 from polyrank.experiment.models import Kind as DataKind
-from polyrank.experiment.models import Split, load_base, preparer
+from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import profile_of
 from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.experiment.tables import DATASETS
@@ -63,7 +64,8 @@ class SiteConfig(Resources):
 
     Attributes:
         model: its copy of the base model: a folder, a hub name, or a built-in one.
-        data: its own data; all training examples are used, and nothing else.
+        data: its own data; all training examples are used, and nothing else. Of instructions it names the columns and
+            the template itself; a template that says something else than the server's is refused.
         rehearse: the data and the resources of a simulated client, in place of `data` and of what this file states.
         privacy: the least protection that it agrees to: a task without it, or with less noise, is refused.
         device: ``auto`` is a GPU if there is one.
@@ -92,6 +94,7 @@ class _Holdings(NamedTuple):
     kind: DataKind
     own: Indices
     profile: ClientProfile
+    prompting: Prompting | None
 
 
 class Site:
@@ -176,15 +179,22 @@ class Site:
         held = self.holdings
         try:
             kind, classes = asked["kind"], [str(name) for name in asked["classes"]]
-            options = {key: value for key, value in asked.items() if key not in ("kind", "classes")}
+            options = {key: value for key, value in asked.items() if key not in ("kind", "classes", "prompting")}
             config = ModelConfig(name=self.config.model, **options)
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"the server's description of the model: {error}") from None
         if kind != held.kind:
             raise InputError(f"{self.path}: holds {held.kind} data, and the server trains on {kind}")
-        source = replace(held.source, labels=renumbered(held.source.labels, held.classes, classes, self.path))
+        source = held.source
+        if held.prompting is None:
+            source = replace(source, labels=renumbered(source.labels, held.classes, classes, self.path))
+        else:  # categories are the site's own affair: no model learns them
+            agree(held.prompting, asked.get("prompting"), self.path)
         base = load_base(config, kind, classes, self.device, stream(0, "head"))  # the server sends the head
-        return base, preparer(config, kind)(source)
+        split = preparer(config, kind, held.prompting)(source)
+        if isinstance(split, CausalSplit):
+            warn_of_silent(split, f"{self.path}: data", config.max_length)
+        return base, split
 
     def _remember(self, **what: Any) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **what}
@@ -236,6 +246,17 @@ def require(least: Privacy, asked: Privacy, where: Path) -> None:
             raise InputError(f"{where}: privacy.{kind}: this site agrees to {due} or more; the task has {had}")
 
 
+def agree(own: Prompting, wanted: Any, where: Path) -> None:
+    """Refuses to train on other prompts than the server's clients do.
+
+    Raises:
+        InputError: naming both.
+    """
+    said = prompting_of(own)
+    if said != wanted:
+        raise InputError(f"{where}: data: prompts are made by {said}, and the server's by {wanted}")
+
+
 def renumbered(labels: np.ndarray, own: tuple[str, ...], wanted: list[str], where: Path) -> np.ndarray:
     """A site's labels as the server numbers its classes.
 
@@ -259,7 +280,7 @@ def _holdings(config: SiteConfig) -> _Holdings:
     dataset = function(**{key: getattr(chosen, key) for key in parameters(function)})
     everything = np.arange(len(dataset.train.labels))
     profile = profile_of(config, len(everything))
-    return _Holdings(dataset.train, dataset.classes, dataset.kind, everything, profile)
+    return _Holdings(dataset.train, dataset.classes, dataset.kind, everything, profile, dataset.prompting)
 
 
 def _rehearsed(asked: Rehearsal) -> _Holdings:
@@ -270,4 +291,4 @@ def _rehearsed(asked: Rehearsal) -> _Holdings:
         raise ConfigError(f"rehearse.client: {asked.client!r} is none of {', '.join(list(indices)[:20])}")
     profile = fleet_profiles(experiment.fleet, shares)[asked.client]
     dataset = shares.dataset
-    return _Holdings(dataset.train, dataset.classes, dataset.kind, indices[asked.client], profile)
+    return _Holdings(dataset.train, dataset.classes, dataset.kind, indices[asked.client], profile, dataset.prompting)

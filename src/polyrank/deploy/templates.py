@@ -118,6 +118,7 @@ data:
   test: ./train.parquet        # is not read for training; the same file will do
   text: text                   # the column of the inputs; `image: ...` in its place for images
   label: label
+  # Instructions with responses: name: instructions, and response, instruction, input: their columns; see docs/data.md.
 # rank: 8                      # a LoRA rank per module, if the operator wants to state one
 # memory: 16 GiB               # of the accelerator; detect: what is free on it
 # uplink: 20 Mbit/s

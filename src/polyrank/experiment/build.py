@@ -18,6 +18,7 @@ from polyrank.core.architecture import ModelSpec
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, Query, ServerState
+from polyrank.data import CausalSplit, warn_of_silent
 from polyrank.engines.audit import Audit
 from polyrank.engines.exchange import Remote, Terms
 from polyrank.engines.post import Post
@@ -26,7 +27,7 @@ from polyrank.engines.watched import Watched
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
-from polyrank.experiment.models import Split, load_base, preparer
+from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import check_stated_ranks, completed, describe, group_budgets, server_rank
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
@@ -139,6 +140,8 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
     kept = {"targets", "dtype", "attention", "image_size", "max_length"}
     model = experiment.model.model_dump(include=kept) | {"kind": dataset.kind, "classes": list(dataset.classes)}
+    if dataset.prompting is not None:  # a causal model has no classes; the site's file names columns and template
+        model |= {"classes": [], "prompting": prompting_of(dataset.prompting)}
 
     def measure(query: Query, state: ServerState) -> dict[str, float]:
         if holdout is None:
@@ -193,6 +196,9 @@ def _ground(experiment: Experiment) -> _Ground:
     if dataset.importance is not None:
         sources["importance"] = dataset.importance
     splits = {split: prepare(source) for split, source in sources.items()}
+    for name, split in splits.items():
+        if isinstance(split, CausalSplit):
+            warn_of_silent(split, name, experiment.model.max_length)
     return _Ground(base, completed(base.spec, experiment, method), rank, method, shares, splits)
 
 

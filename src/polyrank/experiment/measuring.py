@@ -69,6 +69,7 @@ def run_baselines(experiment: Experiment, world: World, tell: Tell = ignore) -> 
             results[regime] = {"test": found[EVERYBODY]}
             continue
         best = max(found, key=lambda client: worth(found[client]))
-        mean = averaged(list(found.values()))["accuracy"]
-        results[regime] = {"best": best, "test": found[best], "mean_accuracy": mean, "clients": found}
+        mean = averaged(list(found.values()))
+        results[regime] = {"best": best, "test": found[best], "mean": mean, "clients": found}
+        results[regime]["mean_accuracy"] = mean["accuracy"]
     return results

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_causal, prepare_images, prepare_text
+from polyrank.data.prompts import form_of
 from polyrank.data.source import Kind, Prompting
 from polyrank.experiment.config import ModelConfig
 from polyrank.experiment.planning import BUILT_IN_MODELS
@@ -31,6 +34,12 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
         tokens=config.max_length,
         quantize=config.quantize,
     )
+
+
+def prompting_of(prompting: Prompting) -> dict[str, Any]:
+    """What a server and its clients must agree on of prompts: their form, by a fingerprint; its name is to be read."""
+    name, learnt = Path(prompting.template).stem, prompting.train_on_inputs
+    return {"template": name, "train_on_inputs": learnt, "form": form_of(prompting)}
 
 
 def preparer(config: ModelConfig, kind: Kind, prompting: Prompting | None = None) -> Callable[[Source], Split]:

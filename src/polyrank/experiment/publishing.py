@@ -79,8 +79,8 @@ class Export:
 
     @property
     def kind(self) -> Kind:
-        """What the model classifies."""
-        return "text" if self.info.task == "SEQ_CLS" else "image"
+        """What the model is given and asked."""
+        return {"SEQ_CLS": "text", "CAUSAL_LM": "causal"}.get(self.info.task or "", "image")  # type: ignore[return-value]
 
     @property
     def faithful(self) -> bool:
@@ -165,11 +165,11 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
     model, source = export.experiment.model, located(export.experiment.model)
     if export.merged is None:
         write_adapter(folder, export.adapter, replace(export.info, base=base or source))
-        save_config(source, folder, export.setting["classes"])
+        save_config(source, folder, None if export.kind == "causal" else export.setting["classes"])
     else:
         export = _merge(export, folder)
-    if export.kind == "text":
-        save_tokenizer(source, folder, model.max_length)
+    if export.kind != "image":
+        save_tokenizer(source, folder, model.max_length if export.kind == "text" else None)
         return export
     return replace(export, channels=save_image_processor(source, folder, model.image_size).channels)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from polyrank.core.roster import kinds
 from polyrank.core.types import Client, ClientProfile
+from polyrank.data import CausalSplit
 from polyrank.experiment.build import World
 from polyrank.experiment.config import Experiment
 
@@ -25,7 +26,8 @@ def setting(experiment: Experiment, world: World, profiles: Mapping[Client, Clie
         ``data`` (its name), ``classes`` (their names), ``clients`` (how many), ``groups`` (an object for all clients
         that report the same: how many, memory in bytes, links in bit/s, flops, and the budget with the limit that
         binds), ``members`` (group and training examples by client; None above 1,000 clients), ``modules`` (shape and
-        block of each adapted module, in the model's order) and ``dense`` (dense parameters in training).
+        block of each adapted module, in the model's order), ``dense`` (dense parameters in training) and, of a causal
+        model, ``silent`` (texts by split of which nothing is asked).
     """
     alike = kinds(profiles)
     budgets = world.method.estimate(profiles, world.spec, experiment.local_training())
@@ -54,6 +56,7 @@ def setting(experiment: Experiment, world: World, profiles: Mapping[Client, Clie
             client: {"group": groups[alike.kind[alike.names.number(client)]]["name"], "examples": profile.examples}
             for client, profile in profiles.items()
         }
+    causal = {name: split for name, split in world.splits.items() if isinstance(split, CausalSplit)}
     return {
         "data": experiment.data.name,
         "classes": list(world.classes),
@@ -62,4 +65,5 @@ def setting(experiment: Experiment, world: World, profiles: Mapping[Client, Clie
         "members": members,
         "modules": modules,
         "dense": sum(tensor.numel() for tensor in world.start.adapter.dense.values()),
+        **({"silent": {name: split.silent for name, split in causal.items()}} if causal else {}),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,8 @@ import numpy.typing as npt
 from polyrank.core.rng import stream
 from polyrank.core.roster import Fleet, Named, Names, Numbered, PerClient
 from polyrank.core.types import Client
-from polyrank.data import DataError, Dataset, Partition, hold_out, limit, set_apart
+from polyrank.data import DataError, Dataset, Partition, hold_out, limit, set_apart, write_per_client
+from polyrank.data.source import Turn
 from polyrank.experiment.components import describe, parameters
 from polyrank.experiment.config import ConfigError, Experiment, Group
 from polyrank.experiment.planning import profile_of
@@ -77,7 +80,7 @@ def share_data(experiment: Experiment) -> Shares:
     dataset = DATASETS[config.name](**options)
     dataset = hold_out(dataset, config.hold_out, stream(seed, "hold-out"))
     dataset = limit(dataset, config.limit, stream(seed, "limit"))
-    if kept := kept_for_importance(experiment):
+    if dataset.importance is None and (kept := kept_for_importance(experiment)):
         dataset = set_apart(dataset, kept, stream(seed, "importance"))
     chosen = config.partition
     keywords = {key: getattr(chosen, key) for key in parameters(PARTITIONERS[chosen.name])}
@@ -88,6 +91,14 @@ def share_data(experiment: Experiment) -> Shares:
     names = Numbered(len(partition)) if partition.names is None else Named(partition.names)
     evaluated = experiment.evaluate
     return Shares(dataset, partition, names, evaluated.client_hold_out if evaluated.clients else 0.0, seed)
+
+
+def export_shares(folder: Path, experiment: Experiment, shares: Shares) -> dict[str, Any]:
+    """Writes every client's share to a file of its own (`polyrank.data.write_per_client`); returns the manifest."""
+    held = PerClient(shares.clients, shares.partition.__getitem__)
+    partition = experiment.data.partition.model_dump(mode="json")
+    named = {part: getattr(experiment.data, part, None) for part in (*Turn._fields, "text", "image", "label")}
+    return write_per_client(folder, shares.dataset, held, named, seed=experiment.seed, partition=partition)
 
 
 def kept_for_importance(experiment: Experiment) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from polyrank.data.prompts import CHAT, prompt_of
+from polyrank.data.prompts import CHAT, form_of, prompt_of
 from polyrank.data.source import Prompting, Turn
 from polyrank.local.hf import ModelError, quiet
 
@@ -78,7 +78,7 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
     return CausalProcessor(
         lambda turns: [one(turn) for turn in turns],
         int(pad),
-        f"{name}|{len(tokenizer)}|{max_length}|{prompting}|{probe}",
+        f"{name}|{len(tokenizer)}|{max_length}|{form_of(prompting)}|{probe}",
     )
 
 

@@ -56,32 +56,31 @@ def _resize(base: Base) -> None:
     config.image_size = size
 
 
-def save_config(name: str, folder: Path, classes: Sequence[str]) -> None:
-    """Writes the config of a base with these classes, so that an adapter's folder says what it predicts.
+def save_config(name: str, folder: Path, classes: Sequence[str] | None) -> None:
+    """Writes the config of a base, with these classes if it has any, so that an adapter's folder says what it predicts.
 
     Raises:
         ModelError: if there is no such config.
     """
-    labels = dict(enumerate(classes))
+    labels = dict(enumerate(classes or ()))
+    named = {"id2label": labels, "label2id": {text: index for index, text in labels.items()}}
     with quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(
-                name, id2label=labels, label2id={text: index for index, text in labels.items()}
-            )
+            config = transformers.AutoConfig.from_pretrained(name, **({} if classes is None else named))
         except (OSError, ValueError) as error:
             raise ModelError(f"{name!r}: no config of the base model: {error}") from None
         padded(config)
         config.save_pretrained(folder)
 
 
-def save_tokenizer(name: str, folder: Path, max_length: int) -> None:
-    """Writes the model's tokenizer, which cuts texts as in training and pads with what the model takes for padding."""
+def save_tokenizer(name: str, folder: Path, max_length: int | None) -> None:
+    """Writes the model's tokenizer. It pads with what the model takes for padding, and cuts at `max_length` if any."""
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.pad_token_id is None:
             pad = padded(transformers.AutoConfig.from_pretrained(name)).pad_token_id
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or tokenizer.model_max_length)
         tokenizer.save_pretrained(folder)
 
 

@@ -21,8 +21,15 @@ from polyrank.report.loading import TASKS, loading_code
 from polyrank.report.terminal import size
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_METRICS = {"accuracy": "accuracy", "loss": "loss", "macro_f1": "macro F1", "mcc": "Matthews correlation"}
-_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation"}
+_METRICS = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "macro_f1": "macro F1",
+    "mcc": "Matthews correlation",
+}
+_MODELS = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
+_HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "perplexity": "perplexity"}
 _OPEN = "*To be filled in by who publishes this.*"
 
 
@@ -114,7 +121,7 @@ def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
     run = "federated run" if regime == "federated" else f"`{regime}` run, which is none of a federation"
     if export.merged:
         yield (
-            f"A {export.kind} classifier: {base} with the {which} {what} adapter of a {run} merged into its "
+            f"A {_MODELS[export.kind]}: {base} with the {which} {what} adapter of a {run} merged into its "
             f"weights ({export.merged}). It needs Transformers and nothing else."
         )
     else:
@@ -123,6 +130,9 @@ def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
         worst, error = cut.worst
         lost = f"at a relative error of {cut.overall:.2e} overall and {error:.2e} in the worst layer, `{worst}`"
         yield f"Every layer is its best approximation of rank at most {cut.rank}" + (f", {lost}." if error else ".")
+    if export.kind == "causal":
+        yield "It goes on with texts; losses and accuracy below are per token."
+        return
     classes = list(export.setting["classes"])
     shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     yield f"{len(classes)} classes: {shown}. Their names are in `config.json`."
@@ -137,6 +147,10 @@ def _unpublished(name: str) -> str:
 
 
 def _prepared(export: Export) -> str:
+    if export.kind == "causal":
+        data: Any = export.experiment.data
+        how = "Texts as they are" if data.instruction is None else f"Prompts by the template `{data.template}`"
+        return f"{how}, cut at {export.experiment.model.max_length} tokens in training."
     if export.kind == "text":
         return f"Texts are cut at {export.experiment.model.max_length} tokens, as in training."
     grey = " They are grey, of mode L: pipelines, which make them RGB, do not fit." if export.channels == 1 else ""
@@ -225,6 +239,13 @@ def _licence(licence: str | None) -> str:
 
 
 def _limits(export: Export) -> Iterator[str]:
+    if export.kind == "causal":
+        yield (
+            "It may say what is false or harmful, as its base may. It was measured on the test split of its own data "
+            "only, by the loss per token."
+        )
+        yield f"Intended use, use that is out of scope, and known biases of the data: {_OPEN}"
+        return
     yield (
         f"It knows the {len(export.setting['classes'])} classes above and gives one of them to any input. It was "
         "measured on the test split of its own data set only: other sources, languages or cameras were not tried, nor "

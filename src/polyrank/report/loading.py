@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
+from polyrank.data.prompts import CHAT, prompt_of
+from polyrank.data.source import Turn
 from polyrank.experiment.publishing import Export
 
 
@@ -15,7 +19,8 @@ class Task:
         tag: the hub's name of what they do.
         model, inputs: the classes of Transformers that load the model, and what prepares its inputs.
         imports: more that the example needs.
-        example: a call of what prepares inputs, with `mode` for an image's.
+        example: a call of what prepares inputs, with `mode` for an image's, and `prompt` for a language model's.
+        asks: the lines that ask the model, and print what it says; `extra` are arguments of its own.
     """
 
     tag: str
@@ -23,7 +28,19 @@ class Task:
     inputs: str
     imports: tuple[str, ...]
     example: str
+    asks: tuple[str, ...]
 
+
+_CLASSES = (
+    "with torch.inference_mode():",
+    "    logits = model(**inputs{extra}).logits",
+    "print(model.config.id2label[int(logits.argmax())])",
+)
+_TEXT = (
+    "with torch.inference_mode():",
+    "    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=False)",
+    "print(prepare.decode(tokens[0], skip_special_tokens=True))",
+)
 
 TASKS = {
     "text": Task(
@@ -32,6 +49,7 @@ TASKS = {
         "AutoTokenizer",
         (),
         'prepare(["A text of yours."], truncation=True, padding=True, return_tensors="pt")',
+        _CLASSES,
     ),
     "image": Task(
         "image-classification",
@@ -39,8 +57,12 @@ TASKS = {
         "AutoImageProcessor",
         ("from PIL import Image",),
         'prepare(Image.new("{mode}", (32, 32)), return_tensors="pt")  # an image of yours',
+        _CLASSES,
     ),
+    "causal": Task("text-generation", "AutoModelForCausalLM", "AutoTokenizer", (), "{prompt}", _TEXT),
 }
+
+_QUESTION = Turn("Name three colours.", "", "")
 
 
 def loading_code(export: Export, repo: str | None = None) -> str:
@@ -66,6 +88,8 @@ def loading_code(export: Export, repo: str | None = None) -> str:
             "model = PeftModel.from_pretrained(model, place).eval()",
         ]
     resized = export.kind == "image" and model.image_size is not None and not export.merged
+    extra = ", interpolate_pos_encoding=True" if resized else ""
+    example = task.example.format(mode="L" if export.channels == 1 else "RGB", prompt=_prompted(export))
     lines = [
         "import torch",
         *task.imports,
@@ -75,9 +99,21 @@ def loading_code(export: Export, repo: str | None = None) -> str:
         *load,
         f"prepare = {task.inputs}.from_pretrained(place)",
         "",
-        f"inputs = {task.example.format(mode='L' if export.channels == 1 else 'RGB')}",
-        "with torch.inference_mode():",
-        f"    logits = model(**inputs{', interpolate_pos_encoding=True' if resized else ''}).logits",
-        "print(model.config.id2label[int(logits.argmax())])",
+        f"inputs = {example}",
+        *(line.format(extra=extra) for line in task.asks),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _prompted(export: Export) -> str:
+    """A question as the model was asked in training: by its template, or the beginning of a text."""
+    if export.kind != "causal":
+        return ""
+    data: Any = export.experiment.data
+    if data.instruction is None:
+        return 'prepare("The beginning of a text of yours", return_tensors="pt")'
+    if data.template == CHAT:
+        asked = f'[{{"role": "user", "content": "{_QUESTION.instruction}"}}]'
+        options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        return f"prepare.apply_chat_template({asked}, {options})"
+    return f'prepare({json.dumps(prompt_of(data.template, _QUESTION), ensure_ascii=False)}, return_tensors="pt")'

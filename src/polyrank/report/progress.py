@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyrank.engines.events import Answered, Asked, Event, Phase
-from polyrank.report.terminal import epsilons, size, span
+from polyrank.report.terminal import epsilons, reached, size, span
 
 _ROWS_SHOWN = 12
 _BAR = 30  # characters
@@ -84,12 +84,12 @@ class Progress:
         """One more round, and its seconds where they are known."""
         self.seconds += [] if seconds is None else [seconds]
         self.done, self.current = record["round"] + 1, _Current()
-        losses, accuracy = list(record["losses"].values()), record["metrics"].get("validation/accuracy")
+        losses = list(record["losses"].values())
         row = {
             "round": f"{self.done}/{self.rounds}",
             "clients": f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
             "loss": f"{np.mean(losses):.4f}" if losses else "-",
-            "validation": f"{accuracy:.2%}" if accuracy is not None else "-",
+            "validation": reached(record["metrics"], "validation/") or "-",
             **epsilons({key: record["metrics"].get(f"privacy/{key}") for key in ("clients", "examples")}),
             "up": size(sum(record["bytes_up"].values())),
             "down": size(sum(record["bytes_down"].values())),

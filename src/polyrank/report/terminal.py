@@ -33,6 +33,14 @@ def span(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
+def reached(metrics: Mapping[str, float], prefix: str = "") -> str | None:
+    """What a model is worth, for people: ``81.11%``, or of a language model ``2.871 nats``; None if it is not known."""
+    if f"{prefix}perplexity" in metrics:
+        return f"{metrics[f'{prefix}loss']:.3f} nats"
+    accuracy = metrics.get(f"{prefix}accuracy")
+    return None if accuracy is None else f"{accuracy:.2%}"
+
+
 def epsilons(spent: Mapping[str, float | None]) -> dict[str, str]:
     """Epsilon for people, of whom it protects: ``{"epsilon (clients)": "3.21"}``."""
     return {f"epsilon ({whom})": f"{value:.2f}" for whom, value in spent.items() if value is not None}
@@ -62,22 +70,22 @@ def outcome(summary: Mapping[str, Any], adapter: Path) -> str:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """Test accuracy before and after, and of the baselines."""
+    """What the test split says before and after, and of the baselines."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("test accuracy")
+    table.add_column("test, per token" if "perplexity" in summary["final"]["test"] else "test accuracy")
     table.add_column("", justify="right")
     final, selected, baselines = summary["final"], summary["selected"], summary.get("baselines", {})
-    table.add_row("before", f"{summary['before']['test']['accuracy']:.2%}")
-    table.add_row(f"{summary['method']}, final round", f"[bold]{final['test']['accuracy']:.2%}[/]")
+    table.add_row("before", reached(summary["before"]["test"]))
+    table.add_row(f"{summary['method']}, final round", f"[bold]{reached(final['test'])}[/]")
     if selected and selected["round"] != final["round"]:
         name = f"{summary['method']}, round {selected['round'] + 1} (best on validation)"
-        table.add_row(name, f"{selected['test']['accuracy']:.2%}")
+        table.add_row(name, reached(selected["test"]))
     if "local" in baselines:
         local = baselines["local"]
-        table.add_row(f"best single client ({local['best']})", f"{local['test']['accuracy']:.2%}")
-        table.add_row("mean of single clients", f"{local['mean_accuracy']:.2%}")
+        table.add_row(f"best single client ({local['best']})", reached(local["test"]))
+        table.add_row("mean of single clients", reached(local["mean"]))
     if "single" in baselines:
-        table.add_row("centralised (pooled data)", f"{baselines['single']['test']['accuracy']:.2%}")
+        table.add_row("centralised (pooled data)", reached(baselines["single"]["test"]))
     return table
 
 

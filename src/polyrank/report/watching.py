@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from polyrank.experiment.following import Following
-from polyrank.report.terminal import span
+from polyrank.report.terminal import reached, span
 
 
 def standing(found: Mapping[str, Any]) -> str:
@@ -18,10 +18,10 @@ def standing(found: Mapping[str, Any]) -> str:
     Args:
         found: what `polyrank.experiment.following.described` says of it.
     """
-    accuracy = found["metrics"].get("validation/accuracy")
-    measured = f", validation {accuracy:.2%}" if accuracy is not None else ""
+    worth = reached(found["metrics"], "validation/")
+    measured = f", validation {worth}" if worth is not None else ""
     if found["state"] == "finished":
-        return f"done, test {found['summary']['final']['test']['accuracy']:.2%}"
+        return f"done, test {reached(found['summary']['final']['test'])}"
     if found["state"] == "waiting":
         return "waiting"
     words = f"round {found['round']} of {found['rounds']}{measured}"
