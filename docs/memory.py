@@ -27,6 +27,7 @@ from polyrank.local.measure import saved_tensors
 
 PAGE = Path(__file__).with_name("memory.md")
 PEAKS = Path(__file__).parents[1] / "bench" / "results" / "memory.json"
+ROUND = PEAKS.with_name("llama_round.json")
 SIZES = {"tiny": (64, 2, 4, 256), "base": (768, 12, 12, 3072)}  # hidden, layers, heads, MLP
 TARGETS = {
     "bert": ["query", "value"],
@@ -83,6 +84,17 @@ predicts without overhead, and the most that was allocated at any moment.
 Measured by `python bench/memory.py` on {device}, torch {torch}, {date}.
 
 | model | targets | rank | predicted, MiB | measured, MiB | error |
+|---|---|---|---|---|---|
+"""
+ROUND_HEAD = """
+## A round of a large language model
+
+A Llama of {parameters:,} parameters with random weights in bfloat16, every linear layer adapted, {batch} texts of
+{tokens} tokens at a time, two steps a client, all tokens learnt: what the plan predicts without overhead, and the most
+that torch had allocated at any moment of the client's round. Measured by `python bench/llama_round.py` on {threads}
+thread(s) of {cpu}, torch {torch}, {date}.
+
+| rank | checkpointing | predicted, MiB | measured, MiB | error | seconds |
 |---|---|---|---|---|---|
 """
 
@@ -167,12 +179,15 @@ def rows(causal: bool = False) -> Iterator[tuple[str, list[tuple[int, int]]]]:
                 yield f"| {family} | {size} | {attention} | {name} |", list(cells(base))
 
 
-def page() -> str:
+Rows = list[tuple[str, list[tuple[int, int]]]]
+
+
+def page(classifiers: Rows, causal: Rows) -> str:
     """The page."""
-    return HEAD + table(rows()) + CAUSAL_HEAD.format(vocabulary=VOCABULARY) + table(rows(causal=True)) + peaks()
+    return HEAD + table(classifiers) + CAUSAL_HEAD.format(vocabulary=VOCABULARY) + table(causal) + peaks() + whole_round()
 
 
-def table(found: Iterator[tuple[str, list[tuple[int, int]]]]) -> str:
+def table(found: Rows) -> str:
     """What was measured, and how far the formula is from it."""
     text = COLUMNS
     for name, own in found:
@@ -196,6 +211,17 @@ def peaks() -> str:
     return text
 
 
+def whole_round() -> str:
+    """The section of a round of a large model, from what was stored."""
+    stored = json.loads(ROUND.read_text())
+    text = ROUND_HEAD.format(**stored["machine"], **{key: stored[key] for key in ("parameters", "tokens", "batch")})
+    for row in stored["rows"]:
+        want, got = row["predicted"] / 2**20, row["measured"] / 2**20
+        again = "yes" if row["checkpointing"] else "no"
+        text += f"| {row['rank']} | {again} | {want:,.1f} | {got:,.1f} | {want / got - 1:+.2%} | {row['seconds']:.0f} |\n"
+    return text
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(list(rows()), list(rows(causal=True))))
     print(PAGE)
