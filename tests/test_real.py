@@ -66,3 +66,21 @@ def test_an_experiment_reaches_its_figure(name: str, tmp_path: Path) -> None:
 
 def test_figures_are_stated() -> None:
     assert STATED.keys() >= {"banking77_minilm", "cifar10_vit", "sst2_minilm"}
+
+
+@pytest.mark.parametrize("name", ["dolly_llama", "natural_instructions_llama"])
+def test_instructions_of_natural_clients(name: str, tmp_path: Path) -> None:
+    """A little of each: shares by client, a plan, and a loss that falls within two rounds."""
+    if absent := missing(read_yaml(FILES[name].read_text())):
+        pytest.skip(f"not here: {', '.join(absent)}")
+    planned = printed("plan", FILES[name])
+    assert [group["rank"] for group in planned["groups"]] == [4, 8, 16]
+    few = ["data.clients=3", "data.limit={train: 900, validation: 8, test: 8}", "rounds=2", "local.steps=2"]
+    options = [part for override in [*few, "cohort=3", "model.max_length=256"] for part in ("--set", override)]
+    shares = printed("data", FILES[name], *options)
+    assert len(shares["clients"]) == 3
+    assert sum(client["examples"] for client in shares["clients"]) <= 900
+    summary = printed("run", FILES[name], *options, "--out", tmp_path / "run")
+    assert summary["final"]["test"]["loss"] < summary["before"]["test"]["loss"]
+    held = json.loads((tmp_path / "run" / "setting.json").read_text())["silent"]
+    assert 0 < held["train"] < 900

@@ -23,9 +23,11 @@ from polyrank.data import (
 )
 from polyrank.data.source import Prompting, Turn
 from polyrank.experiment.loading import parse
+from polyrank.experiment.publishing import chosen
 from polyrank.experiment.session import Session
 from polyrank.experiment.shares import share_data
 from polyrank.experiment.store import Run
+from polyrank.report.loading import loading_code
 
 HOSTILE = ["First Citizen:", "../../etc", "CON", "con", "a/b", "a_b", "", ".", "é", "x" * 300, "nul.txt", "-rf", "A_B"]
 
@@ -183,7 +185,7 @@ def test_a_simulation_of_clients_that_read_their_files_back(
         "folder": str(tmp_path / "out"),
         "partition": {"name": "by_column", "column": "client"},
     }
-    one, other = (share_data(parse({**raw, "data": chosen}, "x", Path())) for chosen in (raw["data"], data))
+    one, other = (share_data(parse({**raw, "data": own}, "x", Path())) for own in (raw["data"], data))
     assert list(one.clients) == list(other.clients)
     for number in range(len(one.clients)):
         mine, theirs = (s.dataset.train.select(s.partition[number]) for s in (one, other))
@@ -196,3 +198,7 @@ def test_a_simulation_of_clients_that_read_their_files_back(
     part = "adapter/adapter_model.safetensors"
     assert (first.folder / part).read_bytes() == (second.folder / part).read_bytes()
     assert first.summary()["final"]["test"] == second.summary()["final"]["test"]
+    if what == "instructions":  # an export says how the model was asked
+        said = [loading_code(chosen(run)) for run in (first, second)]
+        assert said[0] == said[1]
+        assert "### Instruction:" in said[0]

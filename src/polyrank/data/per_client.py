@@ -107,9 +107,7 @@ def per_client(*, folder: Path) -> Dataset:
     manifest = read_manifest(folder)
     try:
         clients, server = manifest["clients"], manifest["server"]
-        options, column = dict(manifest["data"]), str(manifest["client_column"])
-        if options.get("template") == _TEMPLATE:
-            options["template"] = str(folder / _TEMPLATE)
+        options, column = options_of(folder, manifest), str(manifest["client_column"])
         parts = [folder / entry["file"] for entry in [*clients.values(), *[server[s] for s in server if s == _KEPT]]]
         others = [folder / server[split]["file"] for split in ("validation", "test") if split in server]
         causal = manifest["kind"] == "causal"
@@ -141,6 +139,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:
         raise DataError(f"{path}: not a manifest of polyrank data --export, version {_VERSION}")
     return manifest
+
+
+def options_of(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """With which options its files are read, but for the files: those of `files` or `instructions`."""
+    options = dict(manifest["data"])
+    return options | ({"template": str(folder / _TEMPLATE)} if options.get("template") == _TEMPLATE else {})
 
 
 def _classified(

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from polyrank.data.per_client import options_of, read_manifest
 from polyrank.data.prompts import CHAT, prompt_of
-from polyrank.data.source import Turn
+from polyrank.data.source import Prompting, Turn
 from polyrank.experiment.publishing import Export
 
 
@@ -110,10 +111,12 @@ def _prompted(export: Export) -> str:
     if export.kind != "causal":
         return ""
     data: Any = export.experiment.data
-    if data.instruction is None:
+    said = options_of(data.folder, read_manifest(data.folder)) if data.name == "per_client" else data.model_dump()
+    template = str(said.get("template", Prompting.template))
+    if said.get("instruction", "") is None:
         return 'prepare("The beginning of a text of yours", return_tensors="pt")'
-    if data.template == CHAT:
+    if template == CHAT:
         asked = f'[{{"role": "user", "content": "{_QUESTION.instruction}"}}]'
         options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
         return f"prepare.apply_chat_template({asked}, {options})"
-    return f'prepare({json.dumps(prompt_of(data.template, _QUESTION), ensure_ascii=False)}, return_tensors="pt")'
+    return f'prepare({json.dumps(prompt_of(template, _QUESTION), ensure_ascii=False)}, return_tensors="pt")'
