@@ -108,6 +108,8 @@ def test_the_plan_shows_the_whole_path() -> None:
 def test_rb_lora_s_clients() -> None:
     """Parameters and bytes of Llama-3.1-8B with queries and values: 425,984 words a rank, over 32 layers."""
     found = planned("rb_lora_llama")
+    sizes = load(FILES["rb_lora_llama"]).data.partition.sizes
+    assert sizes == [500, 500, 1000, 1000, 1500, 1500, 1900, 1900, 2500, 2500]
     assert found["model"]["parameters"] == 8_030_261_248
     ranks = [next(iter(client["ranks"].values())) for client in found["clients"]]
     assert ranks == [4, 4, 16, 16, 64, 64, 128, 128, 256, 256]
