@@ -138,7 +138,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
         raise ConfigError("evaluate.clients: needs the clients' data here, and it stays with them")
     ground = _ground(experiment)
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
-    kept = {"targets", "dtype", "attention", "image_size", "max_length"}
+    kept = {"targets", "dtype", "attention", "quantize", "image_size", "max_length"}
     model = experiment.model.model_dump(include=kept) | {"kind": dataset.kind, "classes": list(dataset.classes)}
     if dataset.prompting is not None:  # a causal model has no classes; the site's file names columns and template
         model |= {"classes": [], "prompting": prompting_of(dataset.prompting)}

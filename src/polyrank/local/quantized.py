@@ -6,7 +6,6 @@ Adapters stay in float32 and are attached by hooks as to any base; nothing is ev
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
 from typing import Any
 
@@ -46,8 +45,6 @@ def loading(wanted: Quantization, empty: Base, device: str, dtype: torch.dtype) 
     options: dict[str, Any] = {"load_in_8bit": True} if wanted == "8bit" else {"load_in_4bit": True}
     if wanted == "4bit":
         options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    # It says in every pass of every layer that 8-bit products round their inputs to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = transformers.BitsAndBytesConfig(**options, llm_int8_skip_modules=kept)
     return {"quantization_config": config, "device_map": {"": device}}
 
