@@ -3,8 +3,8 @@
     python bench/llama_round.py
 
 Three clients of ranks 4, 16 and 64 adapt every linear layer on texts of random tokens, and RB-LoRA makes one adapter of
-theirs; then a round of the first with checkpointing. A client's memory is the most that torch has allocated at any moment
-of its round, the base included. Takes about 6 GB and some minutes; exits with 1 if any error exceeds 5 %.
+theirs; then a round of the first with checkpointing. A client's memory is the most that torch has allocated at any
+moment of its round, the base included. Takes about 6 GB and some minutes; exits with 1 if any error exceeds 5 %.
 """
 
 import argparse

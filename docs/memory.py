@@ -152,8 +152,10 @@ def measured(base: Base, local: LocalTraining, ranks: dict[str, int], factors: s
         asked_alone(base.output, labels),
         saved_tensors([*base.model.parameters(), *live.tensors()]) as kept,
     ):
-        loss = losses(live(batch), labels) if base.causal else F.cross_entropy(live(batch).float(), labels)
-    del loss
+        if base.causal:
+            losses(live(batch), labels)
+        else:
+            F.cross_entropy(live(batch).float(), labels)
     return kept.nbytes
 
 
@@ -184,7 +186,9 @@ Rows = list[tuple[str, list[tuple[int, int]]]]
 
 def page(classifiers: Rows, causal: Rows) -> str:
     """The page."""
-    return HEAD + table(classifiers) + CAUSAL_HEAD.format(vocabulary=VOCABULARY) + table(causal) + peaks() + whole_round()
+    return (
+        HEAD + table(classifiers) + CAUSAL_HEAD.format(vocabulary=VOCABULARY) + table(causal) + peaks() + whole_round()
+    )
 
 
 def table(found: Rows) -> str:
@@ -218,7 +222,9 @@ def whole_round() -> str:
     for row in stored["rows"]:
         want, got = row["predicted"] / 2**20, row["measured"] / 2**20
         again = "yes" if row["checkpointing"] else "no"
-        text += f"| {row['rank']} | {again} | {want:,.1f} | {got:,.1f} | {want / got - 1:+.2%} | {row['seconds']:.0f} |\n"
+        text += (
+            f"| {row['rank']} | {again} | {want:,.1f} | {got:,.1f} | {want / got - 1:+.2%} | {row['seconds']:.0f} |\n"
+        )
     return text
 
 
