@@ -157,7 +157,7 @@ def _classified(
     joined = np.concatenate(inputs) if isinstance(inputs[0], np.ndarray) else [item for part in inputs for item in part]
     columns = {other: np.concatenate([raw.columns[other] for raw in raws]) for other in wanted.others}
     train = Raw(str(parts[0].parent), joined, np.concatenate([raw.labels for raw in raws]), columns)
-    splits = [train, *(read_raw(path, wanted) for path in others)]
+    splits = [train, *(read_raw(path, wanted._replace(others=[])) for path in others)]
     return to_dataset(name, wanted.kind, splits, options["classes"]), [len(raw.labels) for raw in raws]
 
 

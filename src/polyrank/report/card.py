@@ -90,7 +90,7 @@ def _hub_base(export: Export) -> str | None:
 def _hub_dataset(export: Export) -> str | None:
     """The data set's name, where it is one of the hub's."""
     data: Any = export.experiment.data
-    path = HUB_NAMES.get(data.name) or (str(data.path) if data.name == "hub" else "")
+    path = HUB_NAMES.get(data.name) or (str(data.path) if data.name in ("hub", "hub_instructions") else "")
     return path if path.count("/") == 1 and _HUB_NAME.fullmatch(path) else None
 
 
