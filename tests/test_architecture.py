@@ -30,13 +30,19 @@ MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
 ONLY_IN = {
-    "transformers": {"polyrank.local.hf", "polyrank.local.processors", "polyrank.local.saved"},
+    "transformers": {
+        "polyrank.local.hf",
+        "polyrank.local.processors",
+        "polyrank.local.quantized",
+        "polyrank.local.saved",
+    },
     "peft": {"polyrank.local.hf"},
     "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
     "plotly": {"polyrank.report.page"},
     "jinja2": {"polyrank.report.page"},
     "huggingface_hub": {"polyrank.local.upload"},
+    "bitsandbytes": {"polyrank.local.quantized"},
     "opacus": {"polyrank.local.dp"},
     "lm_eval": set(),
     "rouge_score": {"polyrank.local.generate"},

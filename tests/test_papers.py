@@ -35,7 +35,9 @@ def test_every_published_setting_is_there() -> None:
     expected = {
         f"hralora_{data}{scale}{split}" for data in ("cifar100", "ledgar") for scale in ("", "_100") for split in splits
     }
-    assert set(FILES) == expected | {f"fed_hello_cifar100{split}" for split in splits}
+    expected |= {f"fed_hello_cifar100{split}" for split in splits}
+    expected |= {f"rb_lora_llama{method}" for method in ("", "_flora", "_hetlora_uniform", "_hetlora_weighted")}
+    assert set(FILES) == expected | {"rb_lora_sst2_bloom", "rb_lora_sst2_llama"}
 
 
 SCALES = {"hralora_cifar100": 0, "hralora_cifar100_100": 1, "hralora_ledgar": 2}
@@ -101,3 +103,37 @@ def test_the_plan_shows_the_whole_path() -> None:
     weak = found["groups"][0]["ranks"]
     assert len(weak) == 12
     assert sum(weak.values()) == 288
+
+
+def test_rb_lora_s_clients() -> None:
+    """Parameters and bytes of Llama-3.1-8B with queries and values: 425,984 words a rank, over 32 layers."""
+    found = planned("rb_lora_llama")
+    sizes = load(FILES["rb_lora_llama"]).data.partition.sizes
+    assert sizes == [500, 500, 1000, 1000, 1500, 1500, 1900, 1900, 2500, 2500]
+    assert found["model"]["parameters"] == 8_030_261_248
+    ranks = [next(iter(client["ranks"].values())) for client in found["clients"]]
+    assert ranks == [4, 4, 16, 16, 64, 64, 128, 128, 256, 256]
+    for group, rank in zip(found["groups"], (4, 16, 64, 128, 256), strict=True):
+        assert group["clients"] == 2
+        assert [group["traffic"][0][key] for key in ("bytes_up", "bytes_down")] == [4 * 425_984 * rank] * 2
+        parts = group["peak"]
+        assert parts["base"] == 2 * 8_030_261_248
+        assert parts["adapter"] == parts["gradients"] == parts["optimizer"] / 2 == 4 * 425_984 * rank
+    peaks = [group["peak_memory"] for group in found["groups"]]
+    assert 20e9 < peaks[0] < peaks[-1] < 30e9
+    lighter = [group["peak_memory"] for group in planned("rb_lora_llama", "model.quantize=4bit")["groups"]]
+    assert max(lighter) < 20e9
+
+
+# Parameters as published, without LLaMA-2's output layer; words that a rank takes: 4 x 1,024 in each of 24 layers of
+# BLOOM, twice 2 x 4,096 in each of 32 of LLaMA-2.
+SST2 = {"bloom": (559_214_592, 24 * 4096, 1024), "llama": (6_738_415_616 - 32_000 * 4096, 32 * 16_384, 4096)}
+
+
+@pytest.mark.parametrize("name", SST2)
+def test_sst2_with_decoders(name: str) -> None:
+    parameters, words, hidden = SST2[name]
+    found = planned(f"rb_lora_sst2_{name}")
+    assert found["model"]["parameters"] == parameters + 2 * hidden
+    up = [group["traffic"][0]["bytes_up"] for group in found["groups"]]
+    assert up == [4 * (words * rank + 2 * hidden) for rank in (16, 64, 256)]

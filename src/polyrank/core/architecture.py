@@ -31,6 +31,7 @@ class Architecture:
         weights: bytes per base parameter: 4, or 2 for a bfloat16 base.
         parameters: base parameters, all of them.
         quantization: of the linear layers of the backbone.
+        rotated: the part of each head whose positions are rotated, where the family rotates them.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Architecture:
     parameters: int
     quantization: Quantization | None = None
     causal: bool = False
+    rotated: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from polyrank.local.dp import require_opacus
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
 from polyrank.local.prefix import Prefixes
+from polyrank.local.quantized import check_quantization
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
         raise ConfigError("evaluate.clients: needs the clients' data here, and it stays with them")
     ground = _ground(experiment)
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
-    kept = {"targets", "dtype", "attention", "image_size", "max_length"}
+    kept = {"targets", "dtype", "attention", "quantize", "image_size", "max_length"}
     model = experiment.model.model_dump(include=kept) | {"kind": dataset.kind, "classes": list(dataset.classes)}
     if dataset.prompting is not None:  # a causal model has no classes; the site's file names columns and template
         model |= {"classes": [], "prompting": prompting_of(dataset.prompting)}
@@ -186,6 +187,8 @@ def _ground(experiment: Experiment) -> _Ground:
     method = experiment.build_method()
     if experiment.protection():
         require_opacus()
+    if experiment.model.quantize is not None:
+        check_quantization(experiment.model.quantize, pick_device(experiment.device))
     check_stated_ranks(experiment)
     planned = describe(experiment, method)
     budgets = group_budgets(experiment, method, planned)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from polyrank import __version__
 from polyrank.core.architecture import Calibration, ModelSpec
@@ -21,6 +20,7 @@ from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.planning import describe, group_budgets, load_random
 from polyrank.local.base import Base
+from polyrank.local.losses import asked_alone, losses
 from polyrank.local.measure import device_memory, model_bytes, peak_of, saved_tensors
 from polyrank.local.optimizer import autocast, optimizer_of
 
@@ -89,16 +89,18 @@ def _step(base: Base, spec: ModelSpec, local: LocalTraining, rank: int, name: st
     else:
         frozen = Adapter()
     batch = base.random_batch(local.batch, rng)
-    labels = torch.zeros(local.batch, dtype=torch.int64, device=base.device)
+    shape = batch["input_ids"].shape if base.causal else (local.batch,)  # every token, or a class
+    labels = torch.zeros(shape, dtype=torch.int64, device=base.device)
+    asked = int(labels[:, 1:].numel()) if base.causal else local.batch
     with base.attached(adapter, frozen, "AB", local.dropout, rng, local.checkpointing) as live:
         parameters = live.parameters()
         optimizer = optimizer_of(parameters, local)
 
         def step() -> None:
             optimizer.zero_grad()
-            with autocast(local, base.device):
-                logits = live(batch)
-            F.cross_entropy(logits.float(), labels).backward()
+            with autocast(local, base.device), asked_alone(base.output, labels):
+                scored = [live(batch)]
+            (losses(scored.pop(), labels).sum() / asked).backward()
             if local.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, local.clip)
             optimizer.step()

@@ -50,9 +50,9 @@ class ModelConfig(Strict):
         alpha: scale = alpha / rank; equal to the rank if not given, so that the scale is 1.
         head: whether the classification head is trained and averaged, or stays as it started.
         adapter: a PEFT adapter to start from.
-        dtype: of the base.
+        dtype: of the base; ``float16`` on a GPU only.
         attention: ``eager``, ``sdpa`` (memory-efficient), or ``auto`` for the library's choice.
-        quantize: ``8bit`` or ``4bit`` linear layers of the base; planned with, but not yet run.
+        quantize: ``8bit`` or ``4bit`` linear layers of the base, by bitsandbytes (extra ``quant``).
         image_size: pixels per side, where it is not the model's own.
         max_length: tokens per text; longer texts are cut.
     """
@@ -64,7 +64,7 @@ class ModelConfig(Strict):
     alpha: Annotated[float, Field(gt=0)] | None = None
     head: Literal["train", "freeze"] = "train"
     adapter: Path | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     quantize: Quantization | None = None
     image_size: Count | None = None

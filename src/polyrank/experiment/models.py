@@ -11,7 +11,7 @@ import numpy as np
 from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_causal, prepare_images, prepare_text
 from polyrank.data.prompts import form_of
 from polyrank.data.source import Kind, Prompting
-from polyrank.experiment.config import ConfigError, ModelConfig
+from polyrank.experiment.config import ModelConfig
 from polyrank.experiment.planning import BUILT_IN_MODELS
 from polyrank.local import hf, processors
 from polyrank.local.base import Base
@@ -21,8 +21,6 @@ Split = TextSplit | ImageSplit | CausalSplit
 
 def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: str, rng: np.random.Generator) -> Base:
     """The frozen model with a head for these classes; one that its checkpoint lacks is drawn from `rng`."""
-    if config.quantize is not None:
-        raise ConfigError(f"model.quantize: {config.quantize}: plans account for it, but it cannot be run yet")
     return hf.load_base(
         located(config),
         config.targets,
@@ -34,6 +32,7 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
         image_size=config.image_size,
         attention=config.attention,
         tokens=config.max_length,
+        quantize=config.quantize,
     )
 
 

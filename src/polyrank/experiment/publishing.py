@@ -177,7 +177,8 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
 def _merge(export: Export, folder: Path) -> Export:
     """Loads the base, adds the adapter to its weights, and writes them."""
     experiment, classes = export.experiment, export.setting["classes"]
-    base = load_base(experiment.model, export.kind, classes, "cpu", stream(experiment.seed, "head"))
+    whole = experiment.model.model_copy(update={"quantize": None})  # an adapter is merged into the weights themselves
+    base = load_base(whole, export.kind, classes, "cpu", stream(experiment.seed, "head"))
     missing = sorted(set(base.head) - export.adapter.dense.keys())
     if missing:
         raise AdapterError(f"{export.run.folder}: the adapter lacks {missing[0]} of the head")

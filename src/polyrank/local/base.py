@@ -20,7 +20,7 @@ from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
-from polyrank.local.describe import architecture
+from polyrank.local.describe import architecture, quantization_of
 from polyrank.local.targets import resolve_targets
 
 
@@ -32,6 +32,7 @@ class Base:
         head: names of the dense parameters that are trained: all outside the backbone, and the `new` ones,
             which its checkpoint lacked; none of a causal language model.
         causal: whether it predicts next tokens.
+        output: the layer that makes logits of them, if so.
         info: what an exported adapter's config says of the model.
         device: where it runs.
         weights: elements of the backbone's linear layers.
@@ -47,7 +48,9 @@ class Base:
         new: Sequence[str] = (),
         tokens: int = 0,
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().requires_grad_(False)
+        if quantization_of(model) is None:  # quantised layers are where they were loaded to
+            self.model.to(device)
         if getattr(model.config, "use_cache", False):
             model.config.use_cache = False  # nothing here generates; a cache would only copy keys and values
         self.device = torch.device(device)
@@ -55,6 +58,7 @@ class Base:
         backbone = backbone_of(model)
         # What a causal model predicts tokens with is pretrained, as large as the vocabulary, and often the embedding.
         self.causal = hasattr(model, "generate") and model.can_generate()
+        self.output: nn.Module | None = model.get_output_embeddings() if self.causal else None  # type: ignore[assignment]
         outside = (n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
         self.head = () if self.causal else tuple(outside)
         linear = [n for n, m in self.modules.items() if _is_linear(m)]

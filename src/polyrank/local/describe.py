@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from polyrank.core.architecture import Architecture
+from polyrank.core.architecture import Architecture, Quantization
 from polyrank.core.costs import ACTIVATIONS
 
 # Transformers' model types whose blocks run as one of the families of `polyrank.core.costs`, with the number of linear
@@ -18,8 +18,10 @@ _FAMILIES = {
     "deit": ("vit", 6),
     "electra": ("bert", 6),
     "gpt2": ("gpt2", 4),
+    "gpt_neox": ("gpt_neox", 4),
     "llama": ("llama", 7),
     "mistral": ("llama", 7),
+    "opt": ("opt", 6),
     "qwen2": ("llama", 7),
     "roberta": ("bert", 6),
     "vit": ("vit", 6),
@@ -49,10 +51,12 @@ def architecture(
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     activation = "bloom_gelu" if config.model_type == "bloom" else str(activation)
     plain = all(len(names) == per_block for names in inside) and activation in ACTIVATIONS
-    if not plain or not tokens:
+    if not plain or not tokens or not _usual(config):
         family = ""  # a variant with other layers, such as cross-attention, or inputs of unknown length
     heads = config.num_attention_heads
     parameters = list(model.parameters())
+    quantization = quantization_of(model)
+    packed = sum(d_out * d_in // 2 for d_out, d_in in linears.values()) if quantization == "4bit" else 0
     return Architecture(
         family=family,
         linears=dict(linears),
@@ -67,5 +71,19 @@ def architecture(
         classes=config.vocab_size if causal else config.num_labels,
         causal=causal,
         weights=max((p.element_size() for p in parameters if p.is_floating_point()), default=4),
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(p.numel() for p in parameters) + packed,  # two elements a byte
+        quantization=quantization,
+        rotated=(getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0),
     )
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How the linear layers of a loaded model are quantised, if they are."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    return "8bit" if "Linear8bitLt" in kinds else "4bit" if "Linear4bit" in kinds else None
+
+
+def _usual(config: Any) -> bool:
+    """Whether the blocks are put together as most models of the family are: Pythia's, OPT's but for the one of 350M."""
+    before = getattr(config, "do_layer_norm_before", True) and not getattr(config, "_remove_final_layer_norm", False)
+    return bool(before and getattr(config, "use_parallel_residual", True))

@@ -24,7 +24,7 @@ from polyrank.local.data import Examples, Indices
 from polyrank.local.dp import private_optimizer
 from polyrank.local.heads import owners, stackable
 from polyrank.local.lokr import is_part
-from polyrank.local.losses import losses
+from polyrank.local.losses import asked_alone, losses
 from polyrank.local.optimizer import autocast, optimizer_of
 
 ELEMENTS = 2**26
@@ -174,9 +174,9 @@ class _Trained:
         batch = data.batch(chosen)
         if self.masks is not None:
             self.masks.meet([len(chosen)])
-        with autocast(self.task.local, self.base.device):
-            logits = self.live(batch)
-        each = losses(logits, batch["labels"])
+        with autocast(self.task.local, self.base.device), asked_alone(self.base.output, batch["labels"]):
+            scored = [self.live(batch)]
+        each = losses(scored.pop(), batch["labels"])
         (each / torch.from_numpy(data.targets[chosen]).to(each).clamp(min=1)).sum().backward()
         return [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
 

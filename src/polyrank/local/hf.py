@@ -15,10 +15,12 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
+from polyrank.core.architecture import Quantization
 from polyrank.errors import InputError
 from polyrank.local.adapters import read_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base, backbone_of
+from polyrank.local.quantized import check_quantization, loading, settled
 
 _AUTO = {
     "text": "AutoModelForSequenceClassification",
@@ -67,6 +69,7 @@ def load_base(
     image_size: int | None = None,
     attention: str = "auto",
     tokens: int = 0,
+    quantize: Quantization | None = None,
 ) -> Base:
     """Loads a classifier with a head for `classes`, or a causal language model, whose head stays as it is.
 
@@ -79,14 +82,18 @@ def load_base(
         classes: names of the classes, in order of their labels; of no use to a causal model.
         rng: initialises the head.
         device: where to put the model.
-        dtype: of the base: ``float32``, ``bfloat16``, or ``auto`` for the checkpoint's.
+        dtype: of the base: ``float32``, ``bfloat16``, ``float16`` on a GPU, or ``auto`` for the checkpoint's.
         image_size: pixels per side, where it is not the model's own (position embeddings are interpolated).
         attention: ``eager``, ``sdpa``, or ``auto`` for the library's choice.
         tokens: positions per text, for the cost model; an image's follow from its size.
+        quantize: ``8bit`` or ``4bit`` for the linear layers of the backbone.
 
     Raises:
-        ModelError: if the model cannot be loaded or is not of this kind.
+        ModelError: if the model cannot be loaded or is not of this kind, or this device has no use for its dtype.
+        InputError: if it cannot be quantised here.
     """
+    _check_dtype(getattr(torch, dtype, None), device)
+    smaller = {} if quantize is None else _quantized(name, targets, kind, len(classes), device, dtype, quantize)
     labels = dict(enumerate(classes))
     head = {
         "num_labels": len(labels),
@@ -103,6 +110,7 @@ def load_base(
                 output_loading_info=True,
                 dtype=_dtype(dtype),
                 **_attention(attention),
+                **smaller,
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"model.name: {name!r} cannot be loaded as a {_WHAT[kind]}: {error}") from None
@@ -112,10 +120,14 @@ def load_base(
     misshapen = [entry[0] for entry in report["mismatched_keys"] if entry[0].startswith(prefix)]
     if misshapen:
         raise ModelError(f"model.name: {name!r} does not fit its own config: {misshapen[0]} has another shape")
+    _check_dtype(model.dtype, device)
+    new = [key for key in report["missing_keys"] if key.startswith(prefix)]
+    if new and quantize is not None:
+        raise ModelError(f"model.quantize: {quantize}: {name!r} lacks {min(new)}, and what is new is not quantised")
     if kind == "image":
         tokens = image_tokens(model.config, image_size)
     model = _with_padding(model) if kind == "text" else model
-    base = Base(model, targets, name=name, device=device, new=report["missing_keys"], tokens=tokens)
+    base = Base(settled(model), targets, name=name, device=device, new=report["missing_keys"], tokens=tokens)
     base.interpolates(image_size)
     return base
 
@@ -186,6 +198,20 @@ def image_tokens(config: Any, image_size: int | None) -> int:
     if not isinstance(size, int) or not isinstance(patch, int):
         return 0
     return (size // patch) ** 2 + (2 if config.model_type == "deit" else 1)
+
+
+def _quantized(
+    name: str, targets: str | Sequence[str], kind: str, classes: int, device: str, dtype: str, quantize: Quantization
+) -> dict[str, Any]:
+    """What has to be said to load the linear layers quantised; refused, where it has to be, before a weight is read."""
+    check_quantization(quantize, device)
+    empty = base_from_config(name, targets, kind=kind, classes=classes, tokens=0, device="meta", dtype=dtype)
+    return loading(quantize, empty, device, empty.model.dtype)  # type: ignore[arg-type]
+
+
+def _check_dtype(dtype: torch.dtype | None, device: str) -> None:
+    if dtype == torch.float16 and torch.device(device).type == "cpu":
+        raise ModelError("model.dtype: float16: training on a CPU takes float32 or bfloat16; float16 takes a GPU")
 
 
 def _dtype(dtype: str, config: Any = None) -> Any:

@@ -20,7 +20,7 @@ from polyrank.core.types import Client, Query, ServerState
 from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.data import Examples, Indices, by_length
-from polyrank.local.losses import asked
+from polyrank.local.losses import asked, asked_alone
 
 POSITIONS = 1024
 """Most input positions of a batch."""
@@ -80,7 +80,7 @@ def _fisher(base: Base, state: ServerState, data: Examples, indices: Indices, qu
     size = sum(x.A.numel() + x.B.numel() for x in state.adapter.layers.values())
     for chosen in by_length(indices, data.lengths, POSITIONS, max(1, ELEMENTS // max(size, 1))):
         with base.attached(*_parts(state), "AB", copies=len(chosen)) as model:
-            _backward(model, data, chosen, query, uniforms)
+            _backward(base, model, data, chosen, query, uniforms)
             found = {name: [t.grad for t in pair if t.grad is not None] for name, pair in _factors(model).items()}
         for name, gradients in found.items():
             now = [g.square().sum(0).cpu().double() for g in gradients]
@@ -94,7 +94,7 @@ def _gradient(
     """The gradients of all examples, added up: nothing to keep apart, so one copy of the factors does."""
     with base.attached(*_parts(state), "AB") as model:
         for chosen in by_length(indices, data.lengths, POSITIONS):
-            _backward(model, data, chosen, query, uniforms)
+            _backward(base, model, data, chosen, query, uniforms)
         return {
             name: [t.grad.cpu().double() for t in pair if t.grad is not None] for name, pair in _factors(model).items()
         }
@@ -110,10 +110,11 @@ def _factors(model: Attachment) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (model.A[name], model.B[name]) for name in model.A}
 
 
-def _backward(model: Attachment, data: Examples, chosen: Indices, query: Query, uniforms: Uniforms) -> None:
+def _backward(base: Base, model: Attachment, data: Examples, chosen: Indices, query: Query, uniforms: Uniforms) -> None:
     """Gradients of the sum over examples of the log-likelihood of what is asked, or of its logit."""
     batch = data.batch(chosen)
-    logits, labels, _ = asked(model(batch), batch["labels"])
+    with asked_alone(base.output, batch["labels"]):
+        logits, labels, _ = asked(model(batch), batch["labels"])
     logits = logits.float()
     if query.labels == "sampled":
         labels = _sampled(logits.detach(), torch.from_numpy(np.concatenate([uniforms[i] for i in chosen.tolist()])))

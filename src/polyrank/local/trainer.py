@@ -22,7 +22,7 @@ from polyrank.local.base import Base
 from polyrank.local.cohort import Cohort, Job
 from polyrank.local.data import Examples, Indices, shuffled
 from polyrank.local.dpsgd import poisson, train_privately
-from polyrank.local.losses import losses
+from polyrank.local.losses import asked_alone, losses
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
 from polyrank.local.prefix import Prefix, resumed
@@ -171,9 +171,10 @@ def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Pref
         batch = data.batch(np.concatenate(parts))
         cohort.meet([len(own[at]) if at < len(own) else 0 for own in batches], batch)
         going_on = resumed(list(zip(prefixes, parts, strict=False))) if prefixes else nullcontext()
-        with autocast(jobs[0].task.local, cohort.base.device), going_on:
-            logits = cohort.live(batch)
-        each = losses(logits, batch["labels"])
+        alone = asked_alone(cohort.base.output, batch["labels"])
+        with autocast(jobs[0].task.local, cohort.base.device), going_on, alone:
+            scored = [cohort.live(batch)]
+        each = losses(scored.pop(), batch["labels"])  # no name holds the logits through the backward pass
         loss = (each * weights.to(each.device)).view(len(jobs), -1).sum(1)
         total += loss.detach().cpu()
         loss.sum().backward()

@@ -81,11 +81,47 @@ def bloom(tape: Tape, model: Architecture) -> Value:
     return _every_position(tape, tape.norm(tape.blocks(block, tape.norm(tape.embedded()))))
 
 
+def gpt_neox(tape: Tape, model: Architecture) -> Value:
+    """GPT-NeoX and Pythia: attention and MLP side by side, positions rotated in a part of each head."""
+    rotary = int(model.rotated * (model.hidden // model.heads))
+    tables = [tape.shared(name, model.tokens * rotary) for name in ("cos", "sin")]
+
+    def block(x: Value, qkv: str, o: str, up: str, down: str) -> Value:
+        fused = tape.linear(qkv, tape.norm(x))
+        wide = fused.numel // 3
+        query, key = (tape.op([fused], wide, tables, scratch=8 * wide // 3) for _ in range(2))
+        value = tape.op([fused], wide, part_of=fused)
+        mixed = tape.attention(query, key, value, masked=tape.step.padded)
+        if model.attention == "sdpa":  # its result is laid out as the queries are, by head, and has to be copied
+            mixed = tape.op([mixed], mixed.numel)
+        mixed = tape.linear(o, mixed)
+        deep = tape.linear(down, tape.activation(tape.linear(up, tape.norm(x))))
+        return tape.add(tape.add(deep, mixed), x)
+
+    return _every_position(tape, tape.norm(tape.blocks(block, tape.embedded())))
+
+
+def opt(tape: Tape, model: Architecture) -> Value:
+    """OPT: normalisation before each part, queries scaled, ReLU."""
+
+    def block(x: Value, k: str, v: str, q: str, o: str, up: str, down: str) -> Value:
+        y = tape.norm(x)
+        query = tape.linear(q, y)
+        query = tape.op([query], query.numel)
+        mixed = tape.attention(query, tape.linear(k, y), tape.linear(v, y), masked=tape.step.padded)
+        x = tape.add(tape.linear(o, mixed), x)
+        return tape.add(tape.linear(down, tape.activation(tape.linear(up, tape.norm(x)))), x)
+
+    return _every_position(tape, tape.norm(tape.blocks(block, tape.embedded())))
+
+
 FAMILIES: dict[str, Callable[[Tape, Architecture], Value]] = {
     "bert": bert,
     "bloom": bloom,
     "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
     "llama": llama,
+    "opt": opt,
     "vit": vit,
 }
 
@@ -98,17 +134,22 @@ def _every_position(tape: Tape, x: Value) -> Value:
 
 
 def _next_tokens(tape: Tape, x: Value) -> Value:
-    """A frozen output layer, and the cross-entropy of every token but the first, picked out by a mask of positions."""
+    """A frozen output layer and the cross-entropy of every token but the first.
+
+    A mask picks the positions out before the output layer, so that there are no more logits than are asked for.
+    """
     model, batch = tape.model, tape.step.batch
     asked = batch * (model.tokens - 1)
-    where = Value(asked, 1)
+    x = tape.op([x], asked * model.hidden, [Value(batch * model.tokens, 1)])
     if tape.step.autocast and x.itemsize != 2:
         x = tape.op([x], x.numel, itemsize=2)
     kept = tape.cast(model.classes * model.hidden) * x.grad
-    logits = tape.op([x], batch * model.tokens * model.classes, kept, itemsize=tape.work)
-    chosen = tape.op([logits], asked * model.classes, [where], itemsize=4)
-    told = tape.op([chosen], asked, [chosen, Value(asked, 8), Value(1)])
-    return tape.op([told], batch, [where, Value(batch)])
+    logits = tape.op([x], asked * model.classes, kept, itemsize=tape.work)
+    if logits.itemsize != 4:
+        logits = tape.op([logits], logits.numel, itemsize=4)
+    told = tape.op([logits], logits.numel, keeps_result=True)  # log-probabilities
+    told = tape.op([told], asked, [Value(asked, 8), Value(1)])
+    return tape.op([told], batch, [Value(asked, 1)])
 
 
 def _head(tape: Tape, x: Value, indices: Sequence[Value] = ()) -> Value:

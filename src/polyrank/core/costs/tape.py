@@ -138,8 +138,9 @@ class Tape:
         d_out, d_in = self.model.linears[name]
         rows, rank = x.numel // d_in, self.step.ranks.get(name, 0)
         self._count(2.0 * rows * d_in * d_out, 1.0 if x.grad else 0.0)
-        weight = self.cast(d_in * d_out) if self.model.weights == 4 else []
-        y = self.op([x], rows * d_out, weight, itemsize=self.work)
+        weight = self.cast(d_in * d_out) if self.model.weights == 4 and not self.model.quantization else []
+        whole = d_in * d_out * self.work if self.model.quantization else 0  # the weight, dequantised for a moment
+        y = self.op([x], rows * d_out, weight, itemsize=self.work, scratch=whole)
         if name in self.step.lokr:
             return self.lokr(x, y, rows, d_in, d_out, self.step.lokr[name])
         return self.lora(x, y, rows, d_in, d_out, rank) if rank else y
