@@ -3,7 +3,7 @@
     python bench/llama_round.py
 
 Three clients of ranks 4, 16 and 64 adapt every linear layer on texts of random tokens, and RB-LoRA makes one adapter of
-theirs; then a round of the first with checkpointing. A client's memory is the most that torch has allocated at any
+theirs; then the same with checkpointing. A client's memory is the most that torch has allocated at any
 moment of its round, the base included. Takes about 6 GB and some minutes; exits with 1 if any error exceeds 5 %.
 """
 
@@ -36,7 +36,7 @@ from records import store
 RESULTS = Path(__file__).parent / "results" / "llama_round.json"
 GOAL = 0.05
 RANKS = {"a": 4, "b": 16, "c": 64}
-ROUNDS = [(False, ["a", "b", "c"]), (True, ["a"])]  # checkpointing, clients
+ROUNDS = [(False, list(RANKS)), (True, list(RANKS))]  # checkpointing, clients
 TOKENS, BATCH = 128, 2
 
 

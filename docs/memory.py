@@ -216,7 +216,9 @@ def peaks() -> str:
 
 
 def whole_round() -> str:
-    """The section of a round of a large model, from what was stored."""
+    """The section of a round of a large model, from what was stored, if anything was."""
+    if not ROUND.is_file():
+        return ""
     stored = json.loads(ROUND.read_text())
     text = ROUND_HEAD.format(**stored["machine"], **{key: stored[key] for key in ("parameters", "tokens", "batch")})
     for row in stored["rows"]:
