@@ -13,10 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs unit slow deploy real bench clean
-
-# Output of targets that run side by side, one after the other, where this make can (4.0 and newer).
-SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+.PHONY: help demo test lint types docs unit deploy real bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -25,7 +22,7 @@ help: ## this list
 demo: $(VENV)/.demo ## the digits experiment: no download, under a minute
 	$(BIN)/polyrank run
 
-test: lint types docs unit slow ## everything CI checks
+test: lint types docs unit deploy real ## everything CI checks
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check
@@ -42,9 +39,6 @@ unit: export MKL_NUM_THREADS := 1
 unit: export POLYRANK_SCREENSHOTS := build/screenshots
 unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
 	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
-
-slow: $(VENV)/.dev ## deploy and real, side by side: each keeps about one core busy
-	$(MAKE) -j2 $(SYNC) deploy real
 
 deploy: export OMP_NUM_THREADS := 1
 deploy: $(VENV)/.dev ## a deployment of Flower on loopback, one for all of its tests
