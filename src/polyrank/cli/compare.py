@@ -70,13 +70,13 @@ def compare(
 
 def _asked(methods: str | None, seeds: str | None, grid: list[str] | None) -> StudyConfig:
     from polyrank.experiment.config import ConfigError, StudyConfig
-    from polyrank.experiment.loading import assignment, read_yaml
+    from polyrank.experiment.loading import assignment
 
     values: dict[str, list[Any]] = {}
     for option in grid or []:
-        key, text = option.partition("=")[::2]
-        assignment(f"{key}=[{text}]" if "=" in option else option, "--grid")
-        values[key] = read_yaml(f"[{text}]")
+        name, equals, text = option.partition("=")
+        key, found = assignment(f"{name}=[{text}]" if equals else option, "--grid")
+        values[key] = found
         if not values[key]:
             raise ConfigError(f"--grid {option}: has no values")
     named = [name.strip() for name in methods.split(",")] if methods else []

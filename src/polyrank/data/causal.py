@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from polyrank.data.cache import cache_path, log, replacing
-from polyrank.data.prepare import read_arrays_of
+from polyrank.data.prepare import padded, read_arrays_of
 from polyrank.data.source import DataError, Source, Turn
 
 IGNORED = -100
@@ -60,12 +60,8 @@ class CausalSplit:
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels (all b x longest, int64; padded on the right)."""
-        lengths = self.lengths[indices]
-        position = np.arange(lengths.max())
-        mask = position < lengths[:, None]
-        where = np.minimum(self.offsets[indices][:, None] + position, len(self.ids) - 1)
-        ids = np.where(mask, self.ids[where], self.pad_id).astype(np.int64)
-        learnt = mask & (position >= self.starts[indices][:, None])
+        ids, mask = padded(self.ids, self.offsets, indices, self.pad_id)
+        learnt = mask & (np.arange(mask.shape[1]) >= self.starts[indices][:, None])
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),

@@ -51,16 +51,21 @@ class TextSplit:
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask (both b x longest, int64; padded on the right) and labels (b)."""
-        lengths = self.lengths[indices]
-        position = np.arange(lengths.max())
-        mask = position < lengths[:, None]
-        where = np.minimum(self.offsets[indices][:, None] + position, len(self.ids) - 1)
-        ids = np.where(mask, self.ids[where], self.pad_id)
+        ids, mask = padded(self.ids, self.offsets, indices, self.pad_id)
         return {
-            "input_ids": torch.from_numpy(ids.astype(np.int64)),
+            "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
             "labels": torch.from_numpy(self.labels[indices]),
         }
+
+
+def padded(ids: np.ndarray, offsets: np.ndarray, indices: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some of many texts that stand end to end, a row each, filled up on the right, int64; and where they have tokens."""
+    starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
+    position = np.arange(lengths.max())
+    mask = position < lengths[:, None]
+    where = np.minimum(starts[:, None] + position, len(ids) - 1)
+    return np.where(mask, ids[where], pad_id).astype(np.int64), mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from polyrank.core.federate import absorb, federate, plan, sample
 from polyrank.core.ledger import Ledger
@@ -168,14 +169,14 @@ def _together(round_: int, own: Mapping[Client, Adapter], folded: Adapter) -> Se
 def _apart(state: ServerState) -> dict[Client, Adapter]:
     """Everybody's adapter: `_together`, undone. No layer's name has a slash."""
     layers: dict[Client, dict[str, LowRank]] = {}
-    dense: dict[Client, dict[str, object]] = {}
+    dense: dict[Client, dict[str, Tensor]] = {}
     for key, x in state.adapter.layers.items():
         client, _, name = key.rpartition("/")
         layers.setdefault(client, {})[name] = x
     for key, tensor in state.adapter.dense.items():
         client, _, name = key.rpartition("/")
         dense.setdefault(client, {})[name] = tensor
-    return {client: Adapter(layers.get(client, {}), dense.get(client, {})) for client in {**layers, **dense}}  # type: ignore[arg-type]
+    return {client: Adapter(layers.get(client, {}), dense.get(client, {})) for client in {**layers, **dense}}
 
 
 def _of_each(world: World, state: ServerState) -> Models:

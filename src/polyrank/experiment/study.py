@@ -59,8 +59,7 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where its run is, in the study's folder."""
-        setting = [f"{key}={_written(value)}" for key, value in self.setting.items()]
-        return Path("runs", _quoted(", ".join([self.method, *setting])), f"seed-{self.seed}")
+        return Path("runs", _quoted(_title(self.method, self.setting)), f"seed-{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def planned(
         setting = dict(zip(grid, values, strict=True))
         chosen = {"seed": seed, "threads": threads, **contender.set, **setting}
         cells.append((contender.label, setting, seed, _with(base, chosen, where)))
-    made = [parse(mapping, _named(where, label, setting), anchor) for label, setting, _, mapping in cells]
+    made = [parse(mapping, f"{where} ({_title(label, setting)})", anchor) for label, setting, _, mapping in cells]
     most = max((kept_for_importance(experiment) for experiment in made), default=0)
     if most:
         same = [_with(mapping, {"data.importance": most}, where) for *_, mapping in cells]
@@ -196,8 +195,8 @@ def _with(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict
     return changed
 
 
-def _named(where: str, label: str, setting: Mapping[str, Any]) -> str:
-    return f"{where} ({', '.join([label, *(f'{key}={_written(value)}' for key, value in setting.items())])})"
+def _title(label: str, setting: Mapping[str, Any]) -> str:
+    return ", ".join([label, *(f"{key}={_written(value)}" for key, value in setting.items())])
 
 
 def _threads(folder: Path) -> int | None:
