@@ -60,7 +60,7 @@ class TextSplit:
 
 
 def padded(ids: np.ndarray, offsets: np.ndarray, indices: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Some of many texts that stand end to end, a row each, filled up on the right, int64; and where they have tokens."""
+    """Some of many texts that stand end to end, a row each, filled up on the right, int64; and where tokens are."""
     starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
     position = np.arange(lengths.max())
     mask = position < lengths[:, None]
