@@ -60,8 +60,8 @@ def train(base: Base, toy_texts: TextSplit, monkeypatch: pytest.MonkeyPatch) -> 
     before: set[int] = set()
 
     class Watched(Meter):
-        def __init__(self, model: nn.Module, device: torch.device, tensors: Any, parameters: Any) -> None:
-            super().__init__(model, device, tensors, parameters)
+        def __init__(self, model: nn.Module, device: torch.device, tensors: Any, parameters: Any, *more: bool) -> None:
+            super().__init__(model, device, tensors, parameters, *more)
             self.tensors, self.parameters = tensors, parameters
 
         def peak(self, optimizer: torch.optim.Optimizer) -> float:

@@ -1,6 +1,7 @@
 """What lets causal models train in little memory: it changes no gradient, and the plan knows what it saves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import torch
 import transformers
 from torch import Tensor
 
+from polyrank.core.architecture import Calibration
+from polyrank.core.costs import task_memory
 from polyrank.core.federate import plan
 from polyrank.core.lowrank import Adapter, fresh
 from polyrank.core.rng import stream
-from polyrank.core.types import ClientProfile, LocalTraining, ServerState
+from polyrank.core.types import ClientProfile, LocalTraining, ServerState, Task
 from polyrank.data import CausalSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.experiment.calibrate import calibrate
 from polyrank.experiment.loading import parse
 from polyrank.local.base import Base
 from polyrank.local.losses import asked_alone, losses
+from polyrank.local.measure import peak_of
+from polyrank.local.trainer import train
 from polyrank.methods import METHODS
 
 VOCABULARY = 40
@@ -51,9 +56,9 @@ def texts(count: int = 12) -> CausalSplit:
     return CausalSplit(ids, np.concatenate([[0], np.cumsum(lengths)]), starts, np.zeros(count, np.int64), 0)
 
 
-def adapter_of(base: Base) -> Adapter:
+def adapter_of(base: Base, rank: int = 4) -> Adapter:
     rng = stream(0, "adapter")
-    drawn = {name: fresh(shape, 4, 1.0, rng) for name, shape in base.spec.modules.items()}
+    drawn = {name: fresh(shape, rank, 1.0, rng) for name, shape in base.spec.modules.items()}
     filled = {n: torch.from_numpy(rng.normal(0, 0.1, tuple(x.B.shape)).astype(np.float32)) for n, x in drawn.items()}
     return Adapter({name: type(x)(x.A, filled[name], x.scale) for name, x in drawn.items()})
 
@@ -135,3 +140,24 @@ def test_the_peak_with_a_large_vocabulary_is_as_planned(
         want, got = step["predicted"], step["measured"]
         assert want["activations"] == pytest.approx(got["activations"], rel=0.005)
         assert want["peak"] - want["base"] == pytest.approx(got["peak"] - got["base"], rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("vocabulary", [50, 500], ids="{} tokens".format)
+def test_the_peak_of_a_round_counts_gradients_when_they_are_there(
+    family: str, checkpointing: bool, accumulate: int, vocabulary: int
+) -> None:
+    """With a large vocabulary the peak comes before any gradient, unless earlier batches left theirs."""
+    config = transformers.AutoConfig.for_model(family, **{**TEXT, **FAMILIES[family], "vocab_size": vocabulary})
+    base = Base(transformers.AutoModelForCausalLM.from_config(config), "all-linear", name=family, tokens=16)
+    ids, offsets, starts = np.full(16 * 8, 5, np.int32), np.arange(9) * 16, np.zeros(8, np.int64)
+    data = CausalSplit(ids, offsets, starts, starts, 0)
+    spec = replace(base.spec, calibration=Calibration(overhead=0.0))
+    local = LocalTraining(epochs=1, batch=2, accumulate=accumulate, checkpointing=checkpointing, clip=None)
+    task = Task(0, adapter_of(base, 16), Adapter(), "AB", local, None, 0)
+    added = peak_of(lambda: train(base, task, "c", data, np.arange(8)), base.device)
+    planned = task_memory(spec, task)
+    assert planned.total - planned.base == pytest.approx(added, rel=0.08)
+    assert (planned.apart < 0) == (accumulate == 1)

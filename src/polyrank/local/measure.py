@@ -69,25 +69,35 @@ def saved_tensors(parameters: list[Tensor]) -> Iterator[Kept]:
 
 
 class Meter:
-    """The memory of a client's round: the GPU's peak, or on a CPU the tensors that its first step holds together.
+    """The memory of a client's round: the GPU's peak, or on a CPU the tensors that its steps hold together.
+
+    On a CPU, that is at the end of a forward pass, or where gradients take more than activations, of a backward pass.
 
     Args:
         model: the frozen base.
         device: where it is.
         tensors: all that is held beside it.
         parameters: those of them that are trained.
+        accumulates: whether gradients of batches before are there when a forward pass begins.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, tensors: list[Tensor], parameters: list[Tensor]) -> None:
-        self.device, self.kept = device, 0
-        self.held = model_bytes(model) + _bytes(tensors) + _bytes(parameters)  # a gradient per parameter
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        tensors: list[Tensor],
+        parameters: list[Tensor],
+        accumulates: bool = False,
+    ) -> None:
+        self.device, self.kept, self.accumulates = device, 0, accumulates
+        self.held, self.gradients = model_bytes(model) + _bytes(tensors), _bytes(parameters)
         self.known = [*model.parameters(), *tensors]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a step; the first one is measured."""
+        """Around a forward pass; the first one is measured."""
         if self.device.type == "cuda" or self.kept:
             yield
             return
@@ -100,7 +110,8 @@ class Meter:
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device))
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return float(self.held + self.kept + _bytes(states))
+        step = self.kept + self.gradients if self.accumulates else max(self.kept, self.gradients)
+        return float(self.held + step + _bytes(states))
 
 
 def _bytes(tensors: list[Tensor]) -> int:

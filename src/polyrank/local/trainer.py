@@ -86,21 +86,21 @@ def train_together(
     cohort = Cohort(base, jobs)
     with cohort.attached() as model:
         optimizer = cohort.optimizer()
-        alone = Meter(base.model, base.device, model.tensors(), model.parameters()) if len(jobs) == 1 else None
+        own, accumulates = model.tensors(), jobs[0].task.local.accumulate > 1
+        meter = Meter(base.model, base.device, own, model.parameters(), accumulates) if len(jobs) == 1 else None
         for step in range(len(jobs[0].steps)):
             active = sum(len(job.steps) > step for job in jobs)
             cohort.forget()
             if active < cohort.active:
                 cohort.keep(active)
-            with alone.forward() if alone else nullcontext():
-                found = _backward(cohort, data, step, prefixes)
-            for own, loss, job in zip(told, found, jobs, strict=False):
-                own.append(loss)
+            found = _backward(cohort, data, step, prefixes, meter)
+            for so_far, loss, job in zip(told, found, jobs, strict=False):
+                so_far.append(loss)
                 if not math.isfinite(loss):
-                    raise _diverged(job, f"loss is {loss} in step {len(own)}")
+                    raise _diverged(job, f"loss is {loss} in step {len(so_far)}")
             cohort.clip()
             cohort.step(optimizer)
-    memory = alone.peak(optimizer) if alone else None
+    memory = meter.peak(optimizer) if meter else None
     return [_update(cohort, client, own, memory) for client, own in enumerate(told)]
 
 
@@ -161,7 +161,9 @@ def _steps(
         epoch += 1
 
 
-def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Prefix] | None) -> list[float]:
+def _backward(
+    cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Prefix] | None, meter: Meter | None
+) -> list[float]:
     """Gradients of one step of the clients that still train; the mean loss of each, without its penalty."""
     jobs = cohort.jobs[: cohort.active]
     batches = [job.steps[step] for job in jobs]
@@ -172,9 +174,10 @@ def _backward(cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Pref
         cohort.meet([len(own[at]) if at < len(own) else 0 for own in batches], batch)
         going_on = resumed(list(zip(prefixes, parts, strict=False))) if prefixes else nullcontext()
         alone = asked_alone(cohort.base.output, batch["labels"])
-        with autocast(jobs[0].task.local, cohort.base.device), going_on, alone:
-            scored = [cohort.live(batch)]
-        each = losses(scored.pop(), batch["labels"])  # no name holds the logits through the backward pass
+        with meter.forward() if meter else nullcontext():
+            with autocast(jobs[0].task.local, cohort.base.device), going_on, alone:
+                scored = [cohort.live(batch)]
+            each = losses(scored.pop(), batch["labels"])  # no name holds the logits through the backward pass
         loss = (each * weights.to(each.device)).view(len(jobs), -1).sum(1)
         total += loss.detach().cpu()
         loss.sum().backward()

@@ -105,7 +105,7 @@ def _rank_map(axes, planned: Mapping[str, Any], clients) -> None:
 
 
 def _stacked_memory(axes, groups) -> None:
-    shown = [group for group in groups if group["peak"] is not None]
+    shown = [{**group, "peak": _present(group["peak"])} for group in groups if group["peak"] is not None]
     bottom = np.zeros(len(shown))
     for index, part in enumerate(shown[0]["peak"] if shown else ()):
         heights = np.array([group["peak"][part] / 2**20 for group in shown])
@@ -120,6 +120,16 @@ def _stacked_memory(axes, groups) -> None:
     if shown:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="upper left")
+
+
+def _present(parts: Mapping[str, float]) -> dict[str, float]:
+    """The parts of a peak as they are at that moment: without what is never there together."""
+    found, apart = {**parts}, -parts["apart"]
+    del found["apart"]
+    for part in ("gradients", "working", "activations"):
+        less = min(found[part], apart)
+        found[part], apart = found[part] - less, apart - less
+    return found
 
 
 def _steps(axes, steps, unit: float, label: str, color: str, style: str = "-") -> None:

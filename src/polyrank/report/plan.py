@@ -9,7 +9,7 @@ from rich.table import Table
 
 from polyrank.report.terminal import size, span
 
-PARTS = ("base", "adapter", "gradients", "optimizer", "activations", "working", "overhead")
+PARTS = ("base", "adapter", "gradients", "optimizer", "activations", "working", "apart", "overhead")
 
 
 def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:

@@ -158,7 +158,7 @@ def _head(tape: Tape, x: Value, indices: Sequence[Value] = ()) -> Value:
     rows = x.numel // model.hidden
     if step.autocast and x.itemsize != 2:
         x = tape.op([x], x.numel, itemsize=2)
-    kept = [*[x] * step.head, *tape.cast(model.classes * model.hidden) * x.grad]
+    kept = [*[x] * (step.head > 0), *tape.cast(model.classes * model.hidden) * x.grad]
     logits = tape.op([x], rows * model.classes, kept, itemsize=tape.work, trained=step.head)
     chosen = tape.op([logits], step.batch * model.classes, indices, itemsize=4)
     return tape.op([chosen], 1, [chosen, Value(step.batch, 8), Value(1)])

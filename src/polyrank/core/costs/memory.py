@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from polyrank.core.architecture import Architecture, ModelSpec
 from polyrank.core.costs.families import FAMILIES
-from polyrank.core.costs.peak import peak_bytes, saved_bytes
+from polyrank.core.costs.peak import moments, saved_bytes
 from polyrank.core.costs.tape import Step, Tape
 from polyrank.core.lokr import lokr_elements, lokr_shapes
 from polyrank.core.lowrank import Factors, nbytes
@@ -30,6 +30,8 @@ class Memory:
         optimizer: its states: two per trained parameter for AdamW, one for SGD with momentum.
         activations: kept from the forward for the backward pass.
         working: what comes and goes on top of them: gradients of activations, blocks that are run again.
+        apart: what is never there together, below 0: a parameter has its gradient only when the backward pass has come
+            to it, and most activations are gone by then.
         overhead: beyond tensors; see `Calibration`.
     """
 
@@ -39,6 +41,7 @@ class Memory:
     optimizer: float
     activations: float
     working: float
+    apart: float
     overhead: float
 
     @property
@@ -68,14 +71,16 @@ def memory(spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], fact
     adapter = adapter_elements(spec, ranks, "AB") + head
     trained = adapter_elements(spec, ranks, factors) + head * spec.head_trained
     states = 2 if local.optimizer == "adamw" else int(local.momentum > 0)
-    activations, working = _activations(spec, local, ranks, factors)
+    gradients = _FLOAT32 * trained
+    activations, working, apart = _activations(spec, local, ranks, factors, gradients)
     return Memory(
         base=base_bytes(model),
         adapter=float(_FLOAT32 * adapter),
-        gradients=float(_FLOAT32 * trained),
+        gradients=float(gradients),
         optimizer=float(_FLOAT32 * trained * states),
         activations=activations,
         working=working,
+        apart=apart,
         overhead=spec.calibration.overhead,
     )
 
@@ -142,7 +147,7 @@ def record(
         autocast=local.precision == "bf16",
         checkpointing=local.checkpointing,
         padded=padded,
-        head=spec.head_trained and bool(spec.head),
+        head=sum(spec.head.values()) * spec.head_trained,
         lokr={} if spec.lokr is None else {n: lokr_shapes(shape, spec.lokr) for n, shape in spec.modules.items()},
     )
     tape = Tape(model, step)
@@ -151,12 +156,18 @@ def record(
 
 
 def _activations(
-    spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], factors: Factors
-) -> tuple[float, float]:
-    """Kept and passing bytes: from the tape, scaled as measured; or the measured line."""
+    spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], factors: Factors, gradients: int
+) -> tuple[float, float, float]:
+    """Kept and passing bytes, and what of them and of `gradients` is apart: from the tape, scaled as measured.
+
+    Or the measured line, of which nothing more is known.
+    """
     measured = spec.calibration
     if measured.constant is not None and measured.per_rank is not None:
-        return local.batch * (measured.constant + measured.per_rank * sum(ranks.values())), 0.0
+        return local.batch * (measured.constant + measured.per_rank * sum(ranks.values())), 0.0, 0.0
     tape = record(spec, local, ranks, factors)
-    kept = saved_bytes(tape.ops)
-    return measured.scale * kept, measured.scale * max(peak_bytes(tape.ops) - kept, 0)
+    found = moments(tape.ops, gradients if local.accumulate > 1 else 0)
+    kept, most = saved_bytes(tape.ops), max(moment.activations for moment in found)
+    together = max(measured.scale * moment.activations + moment.gradients for moment in found)
+    highest = measured.scale * max(most, kept)
+    return measured.scale * kept, highest - measured.scale * kept, min(together - highest - gradients, 0.0)

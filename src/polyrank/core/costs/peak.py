@@ -1,10 +1,31 @@
-"""How much of what a tape recorded is alive at once: at the end of the forward pass, and at the worst moment."""
+"""How much of what a tape recorded is alive at once: at the end of the forward pass, and moment by moment."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from polyrank.core.costs.tape import Op, Value
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that a training step holds at one moment, beside parameters and the optimizer's states.
+
+    Attributes:
+        kept: activations that the backward pass has still to see.
+        passing: activations and their gradients that come and go.
+        gradients: of parameters, as many as there are by then.
+    """
+
+    kept: int
+    passing: int
+    gradients: int
+
+    @property
+    def activations(self) -> int:
+        """All but parameters' gradients."""
+        return self.kept + self.passing
 
 
 def saved_bytes(ops: Sequence[Op]) -> int:
@@ -12,23 +33,30 @@ def saved_bytes(ops: Sequence[Op]) -> int:
     return sum(value.nbytes for value in dict.fromkeys(value for op in ops for value in op.saved))
 
 
-def peak_bytes(ops: Sequence[Op]) -> int:
-    """The most bytes of activations and their gradients alive at any moment of the forward and backward pass."""
-    return max(_forward_peak(ops), _backward_peak(ops))
+def moments(ops: Sequence[Op], resident: int = 0) -> list[Moment]:
+    """The forward and backward pass, operation by operation.
+
+    Gradients of parameters come up one by one as the backward pass reaches them: where the model's last layers need
+    most, such as a large vocabulary's logits, there are none yet.
+
+    Args:
+        ops: of a forward pass.
+        resident: bytes of gradients that are there from the start, of batches before this one.
+    """
+    return [*_forward(ops, resident), *_backward(ops, resident)]
 
 
-def _forward_peak(ops: Sequence[Op]) -> int:
+def _forward(ops: Sequence[Op], resident: int) -> Iterator[Moment]:
     kept: dict[Value, None] = {}
-    total = peak = 0
+    total = 0
     for op in ops:
         inner = _unkept_peak(op.inside) if op.inside else 0
         loose = sum(v.nbytes for v in {*op.inputs, op.output} if v not in kept)
-        peak = max(peak, total + loose + inner)
+        yield Moment(total, loose + inner, resident)
         for value in op.saved:
             if value not in kept:
                 kept[value] = None
                 total += value.nbytes
-    return peak
 
 
 def _unkept_peak(ops: Sequence[Op]) -> int:
@@ -36,7 +64,7 @@ def _unkept_peak(ops: Sequence[Op]) -> int:
     return max((sum(v.nbytes for v in {*op.inputs, op.output}) for op in ops), default=0)
 
 
-def _backward_peak(ops: Sequence[Op]) -> int:
+def _backward(ops: Sequence[Op], resident: int) -> Iterator[Moment]:
     """Gradients and saved values, from the last operation to the first."""
     users: dict[Value, int] = {}
     for op in ops:
@@ -44,20 +72,25 @@ def _backward_peak(ops: Sequence[Op]) -> int:
             users[value] = users.get(value, 0) + 1
     kept = sum(value.nbytes for value in users)
     gradients: dict[Value, int] = {ops[-1].output: ops[-1].output.nbytes} if ops else {}
-    live = sum(gradients.values())
-    peak = kept + live
+    live, grown = sum(gradients.values()), 0
+    yield Moment(kept, live, resident)
     for op in reversed(ops):
-        inner = _backward_peak(op.inside) if op.inside else 0
+        for inner in _backward(op.inside, resident):
+            yield Moment(kept + inner.kept, live + inner.passing, grown + inner.gradients)
         wanted = [x for x in dict.fromkeys(op.inputs) if x.grad]
         new = sum(x.nbytes for x in wanted)
-        peak = max(peak, kept + live + new + op.scratch, kept + live + inner)
+        # A gradient that is there already grows in place, by another that comes and goes.
+        yield Moment(kept, live + new + op.scratch, resident + grown + op.grows)
+        grown += 0 if resident else op.grown
         live -= gradients.pop(op.output, 0)
-        for x in wanted:
-            if x not in gradients:
-                gradients[x] = x.nbytes
-                live += x.nbytes
         for value in dict.fromkeys(op.saved):
             users[value] -= 1
             if not users[value]:
                 kept -= value.nbytes
-    return peak
+        for x in wanted:
+            if x in gradients:  # the sum of two gradients is a third tensor
+                yield Moment(kept, live + 2 * x.nbytes, resident + grown)
+            else:
+                gradients[x] = x.nbytes
+                live += x.nbytes
+    yield Moment(kept, live, resident + grown)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from polyrank.core.architecture import Architecture
 from polyrank.core.lokr import Shape
 from polyrank.core.lowrank import Factors
+
+_FLOAT32 = 4  # bytes of what is trained, and of its gradient
 
 # What a nonlinearity of n elements saves, and what its backward needs beside: both in copies of n.
 ACTIVATIONS = {
@@ -57,6 +60,7 @@ class Op:
         saved: what it keeps for the backward pass, beside parameters.
         inside: the operations that a checkpoint runs again in the backward pass.
         scratch: bytes that its backward needs on top of the gradients of its inputs.
+        grows: bytes of parameters' gradients that its backward makes.
     """
 
     inputs: tuple[Value, ...]
@@ -64,6 +68,12 @@ class Op:
     saved: tuple[Value, ...]
     inside: list[Op] = field(default_factory=list)
     scratch: int = 0
+    grows: int = 0
+
+    @property
+    def grown(self) -> int:
+        """Those bytes, with those of what runs again inside."""
+        return self.grows + sum(op.grown for op in self.inside)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Step:
         autocast: whether the arithmetic runs in bfloat16 on float32 inputs.
         checkpointing: whether blocks keep their inputs only and are run again in the backward pass.
         padded: whether texts are padded, so that attention carries a mask.
-        head: whether the head is trained.
+        head: parameters of the head, if it is trained.
         lokr: the shapes of the Kronecker factors of each module that trains LoKr instead; see `lokr_shapes`.
     """
 
@@ -89,7 +99,7 @@ class Step:
     autocast: bool = False
     checkpointing: bool = False
     padded: bool = False
-    head: bool = True
+    head: int = 0
     lokr: Mapping[str, Mapping[str, Shape]] = field(default_factory=dict)
 
 
@@ -121,16 +131,16 @@ class Tape:
         *,
         itemsize: int = 0,
         scratch: int = 0,
-        trained: bool = False,
+        trained: int = 0,
         keeps_result: bool = False,
         part_of: Value | None = None,
     ) -> Value:
-        """Any operation: it has a backward pass where an input needs a gradient, or a parameter of it is `trained`."""
-        grad = trained or any(x.grad for x in inputs)
+        """Any operation: it has a backward pass where an input needs a gradient, or parameters of it are `trained`."""
+        grad = trained > 0 or any(x.grad for x in inputs)
         output = Value(numel, itemsize or max(x.itemsize for x in inputs), grad, part_of)
         if grad:
             kept = tuple(value.part_of or value for value in (*saved, *[output] * keeps_result))
-            self.ops.append(Op(tuple(inputs), output, kept, scratch=scratch))
+            self.ops.append(Op(tuple(inputs), output, kept, scratch=scratch, grows=_FLOAT32 * trained))
         return output
 
     def linear(self, name: str, x: Value) -> Value:
@@ -159,9 +169,13 @@ class Tape:
         if kept.itemsize != size or (step.autocast and not step.dropout):
             kept = self.op([kept], kept.numel, itemsize=size)
         A, B = (self.cast(rank * wide) for wide in (d_in, d_out))
-        u = self.op([kept], rows * rank, [*[kept] * trains_a, *A * kept.grad], trained=trains_a)
+        u = self.op([kept], rows * rank, [*[kept] * trains_a, *A * kept.grad], trained=rank * d_in * trains_a)
         update = self.op(
-            [u], rows * d_out, [*[u] * trains_b, *B * u.grad], trained=trains_b, scratch=rows * d_out * size
+            [u],
+            rows * d_out,
+            [*[u] * trains_b, *B * u.grad],
+            trained=rank * d_out * trains_b,
+            scratch=rows * d_out * size,
         )
         into, out = 2.0 * rows * rank * d_in, 2.0 * rows * rank * d_out
         self._count(into, float(trains_a) + float(kept.grad))
@@ -171,15 +185,20 @@ class Tape:
     def lokr(self, x: Value, y: Value, rows: int, d_in: int, d_out: int, shapes: Mapping[str, Shape]) -> Value:
         """``y + scale * w1 X w2^T``: keeps X, which is x, and what lies between the two products."""
         _, m = shapes["lokr_w1"]
+        of_w1, *of_w2 = map(prod, shapes.values())
         size, k, n = 2 if self.step.autocast else 4, d_out // shapes["lokr_w1"][0], d_in // m
         kept = x
         if kept.itemsize != size or self.step.autocast:
             kept = self.op([kept], kept.numel, itemsize=size)
         made = self.cast(k * n) or [Value(k * n)] * ("lokr_w2" not in shapes)  # of w2; a parameter is there already
-        inner = self.op([kept], rows * m * k, [kept, *made * kept.grad], trained=True)
+        inner = self.op([kept], rows * m * k, [kept, *made * kept.grad], trained=sum(of_w2))
         turned = self.op([inner], inner.numel)
         update = self.op(
-            [turned], rows * d_out, [turned, *self.cast(d_out // k * m)], trained=True, scratch=rows * d_out * size
+            [turned],
+            rows * d_out,
+            [turned, *self.cast(d_out // k * m)],
+            trained=of_w1,
+            scratch=rows * d_out * size,
         )
         self._count(2.0 * rows * d_in * k, 1.0 + kept.grad)
         self._count(2.0 * rows * d_out * m, 2.0)
