@@ -122,6 +122,7 @@ class LocalTraining:
         checkpointing: transformer blocks keep their inputs only and are computed again in the backward pass.
         group_by_length: batches hold examples of similar length, which costs less padding and makes their order a
             little less random (`polyrank.local.data.shuffled`).
+        pack: the texts of a batch share rows, end to end (`polyrank.local.packing`): what is learnt is the same.
     """
 
     epochs: int = 1
@@ -140,6 +141,7 @@ class LocalTraining:
     precision: Precision = "auto"
     checkpointing: bool = False
     group_by_length: bool = False
+    pack: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "batch", "accumulate"):

@@ -68,6 +68,30 @@ class CausalSplit:
             "labels": torch.from_numpy(np.where(learnt, ids, IGNORED)),
         }
 
+    def packed(self, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids and labels (all b x longest, int64) of rows that texts share, end to end.
+
+        Positions begin anew with each text; a row's last goes on over what fills it up.
+
+        Args:
+            rows: the texts of each row.
+        """
+        width = max(int(self.lengths[row].sum()) for row in rows)
+        ids = np.full((len(rows), width), self.pad_id, np.int64)
+        labels = np.full_like(ids, IGNORED)
+        positions = np.zeros_like(ids)
+        for row, texts in enumerate(rows):
+            start = 0
+            for text in texts:
+                own = self.ids[self.offsets[text] : self.offsets[text + 1]]
+                stop, learnt = start + len(own), max(int(self.starts[text]), 1)  # nothing before asks for the first
+                ids[row, start:stop] = own
+                labels[row, start + learnt : stop] = own[learnt:]
+                positions[row, start:] = np.arange(width - start)
+                start = stop
+        made = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        return {name: torch.from_numpy(values) for name, values in made.items()}
+
 
 def prepare_causal(source: Source, encode: Encode, pad_id: int, fingerprint: str) -> CausalSplit:
     """Tokenises a split once; the next call with the same turns and fingerprint reads the result from disk.

@@ -38,6 +38,7 @@ from polyrank.local.data import Indices
 from polyrank.local.dp import require_opacus
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
+from polyrank.local.packing import check_packing
 from polyrank.local.prefix import Prefixes
 from polyrank.local.quantized import check_quantization
 
@@ -197,6 +198,8 @@ def _ground(experiment: Experiment) -> _Ground:
     shares = share_data(experiment)
     dataset, device = shares.dataset, pick_device(experiment.device)
     base = load_base(experiment.model, dataset.kind, dataset.classes, device, stream(experiment.seed, "head"))
+    if experiment.local.pack:
+        check_packing(base)
     prepare = preparer(experiment.model, dataset.kind, dataset.prompting)
     sources = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     if dataset.importance is not None:

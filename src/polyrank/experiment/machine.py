@@ -43,13 +43,13 @@ def on_this_machine(experiment: Experiment) -> Experiment:
 def cache_memory(experiment: Experiment) -> float | Literal["off"]:
     """Bytes for hidden states that are computed once, or ``off``.
 
-    It is off where single examples are protected: every one of a random sample runs whole.
+    It is off where single examples are protected: every one of a random sample runs whole; and where texts share rows.
 
     ``auto`` is off where no example comes again with the same model below: in one epoch of one round, or where each
     round sends the layers that a client does not train as well. Otherwise it is an eighth of all memory, rounded down
     to a power of two, at most 4 GiB: of all, and not of what is free, so that it is the same next time.
     """
-    if experiment.privacy.examples is not None:
+    if experiment.privacy.examples is not None or experiment.local.pack:
         return "off"
     if experiment.simulation.cache != "auto":
         return experiment.simulation.cache

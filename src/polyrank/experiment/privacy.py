@@ -18,7 +18,11 @@ LINEAR = {"fedit": ("size", "uniform"), "hetlora": ("size", "uniform"), "rbla": 
 """Rules that are linear in the factors, and under which weights; clients that are protected are all of one size."""
 
 _TAIL = "its tail penalty prunes ranks by what a client has trained, which no noise covers"
-_REASONS = {"checkpointing": "gradients of examples are kept", "group_by_length": "batches are drawn at random"}
+_REASONS = {
+    "checkpointing": "gradients of examples are kept",
+    "group_by_length": "batches are drawn at random",
+    "pack": "each example has a row and a gradient of its own",
+}
 
 
 def check_privacy(privacy: Privacy, method: Method, local: LocalTraining) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.noise import Noise
 from polyrank.core.types import Client, Task
-from polyrank.local.attach import Attachment, Batch, Layer, Masks, Scale, hooked, leaf, on_device
+from polyrank.local.attach import Attachment, Layer, Masks, Scale, hooked, leaf, on_device
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.optimizer import optimizer_of
@@ -108,12 +108,10 @@ class Cohort:
 
     # --- one step
 
-    def meet(self, rows: Sequence[int], batch: Batch) -> None:
-        """Begins the forward pass of a batch, in which clients have so many rows of their own."""
-        if self.masks is None:
-            return
-        lengths = batch["attention_mask"].sum(1).view(len(rows), -1).tolist() if "attention_mask" in batch else []
-        self.masks.meet(rows, [max(own[:count], default=0) for own, count in zip(lengths, rows, strict=bool(lengths))])
+    def meet(self, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Begins a forward pass, in which clients have so many rows, and texts so many positions, of their own."""
+        if self.masks is not None:
+            self.masks.meet(rows, positions)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """One optimizer of every client's own parts, with learning rates and weight decay of their own."""

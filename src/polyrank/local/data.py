@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,12 @@ class Examples(Protocol):
         ...
 
     def batch(self, indices: Indices) -> dict[str, Tensor]: ...
+
+
+class Packable(Examples, Protocol):
+    """Texts of which several may share a row."""
+
+    def packed(self, rows: Sequence[Indices]) -> dict[str, Tensor]: ...
 
 
 WINDOW = 50

@@ -18,6 +18,7 @@ from polyrank.local.cohort import Job
 from polyrank.local.data import Indices
 from polyrank.local.heads import stackable
 from polyrank.local.lokr import is_part
+from polyrank.local.packing import rows_of
 
 OVERHEAD = {"cpu": 2.4e8, "cuda": 5e10}
 """Floating-point operations that a pass's fixed cost is worth, per transformer block and CPU thread.
@@ -61,7 +62,7 @@ def key(job: Job, base: Base, block: int = 0) -> Hashable:
     if not job.steps or not stackable(base.modules, own):
         return job.client
     return (
-        (block, local.batch, local.accumulate, local.optimizer, local.momentum),
+        (block, local.batch, local.accumulate, local.pack, local.optimizer, local.momentum),
         (local.dropout, local.precision, local.checkpointing),
         tuple((name, tensor.shape) for name, tensor in task.adapter.dense.items()),
         tuple((name, id(tensor)) for name, tensor in task.frozen.dense.items()),
@@ -75,7 +76,7 @@ def load(job: Job, base: Base, lengths: Indices) -> Load:
     elements = sum(x.A.numel() + x.B.numel() for x in job.task.adapter.layers.values())
     return Load(
         passes=len(batches),
-        rows=max(map(len, batches)),
+        rows=max(len(rows_of(batch, lengths, job.task.local.pack)) for batch in batches),
         positions=float(np.mean([lengths[batch].max() for batch in batches])),
         depth=(2 * total - base.lowest(job.task.adapter)) / (2 * total),
         width=1.5 * elements / base.weights,

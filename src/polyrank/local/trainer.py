@@ -25,6 +25,7 @@ from polyrank.local.dpsgd import poisson, train_privately
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
+from polyrank.local.packing import rows_of
 from polyrank.local.prefix import Prefix, resumed
 
 
@@ -166,16 +167,20 @@ def _backward(
 ) -> list[float]:
     """Gradients of one step of the clients that still train; the mean loss of each, without its penalty."""
     jobs = cohort.jobs[: cohort.active]
-    batches = [job.steps[step] for job in jobs]
+    batches, local = [job.steps[step] for job in jobs], jobs[0].task.local
     total = torch.zeros(len(jobs))
     for at in range(max(map(len, batches))):
-        parts, weights = _side_by_side(batches, at, data.targets)
-        batch = data.batch(np.concatenate(parts))
-        cohort.meet([len(own[at]) if at < len(own) else 0 for own in batches], batch)
-        going_on = resumed(list(zip(prefixes, parts, strict=False))) if prefixes else nullcontext()
+        parts = [rows_of(own[at], data.lengths, local.pack) if at < len(own) else [] for own in batches]
+        filled, weights = _side_by_side(parts, batches, data.targets)
+        rows = [row for part in filled for row in part]
+        batch = data.packed(rows) if local.pack else data.batch(np.concatenate(rows))  # type: ignore[attr-defined]
+        positions = [max((int(data.lengths[row].sum()) for row in part), default=0) for part in parts]
+        cohort.meet(list(map(len, parts)), positions if "input_ids" in batch else [])
+        own_rows = zip(prefixes or (), map(np.concatenate, filled), strict=False)
+        going_on = resumed(list(own_rows)) if prefixes else nullcontext()
         alone = asked_alone(cohort.base.output, batch["labels"])
         with meter.forward() if meter else nullcontext():
-            with autocast(jobs[0].task.local, cohort.base.device), going_on, alone:
+            with autocast(local, cohort.base.device), going_on, alone:
                 scored = [cohort.live(batch)]
             each = losses(scored.pop(), batch["labels"])  # no name holds the logits through the backward pass
         loss = (each * weights.to(each.device)).view(len(jobs), -1).sum(1)
@@ -188,22 +193,27 @@ def _backward(
     return total.tolist()
 
 
-def _side_by_side(batches: Sequence[list[Indices]], at: int, targets: Indices) -> tuple[list[Indices], Tensor]:
-    """Batch `at` of every client's step, as parts of equal length, and each row's weight in its client's mean.
+def _side_by_side(
+    parts: Sequence[list[Indices]], batches: Sequence[list[Indices]], targets: Indices
+) -> tuple[list[list[Indices]], Tensor]:
+    """Every client's rows of a pass, as many for each, and each row's weight in its client's mean.
 
-    The mean is over what is asked in the whole step: over its examples, or over the tokens of all of them.
+    The mean is over what is asked in the whole step: over its examples, or over the tokens of all of them. A part that
+    is too short, or a client without a batch in this pass, is filled up with an example of the client's own that has no
+    weight.
 
-    A part that is too short, or a client without such a batch, is filled up with an example of the client's own that
-    has no weight.
+    Args:
+        parts: the rows of each client in this pass.
+        batches: all of each client's step.
+        targets: what is asked of every example.
     """
-    parts = [own[at] if at < len(own) else own[0][:0] for own in batches]
     longest = max(map(len, parts))
-    fill = [np.repeat(own[0][:1], longest - len(part)) for part, own in zip(parts, batches, strict=True)]
-    counts = [int(sum(targets[part].sum() for part in own)) for own in batches]
+    filled = [part + [own[0][:1]] * (longest - len(part)) for part, own in zip(parts, batches, strict=True)]
+    counts = [int(sum(targets[batch].sum() for batch in own)) for own in batches]
     weights = torch.zeros(len(parts), longest)
     for row, part, count in zip(weights, parts, counts, strict=True):
         row[: len(part)] = 1.0 / max(count, 1)
-    return [np.concatenate(pair) for pair in zip(parts, fill, strict=True)], weights.view(-1)
+    return filled, weights.view(-1)
 
 
 def _penalty(model: Attachment, job: Job, client: int) -> Tensor:
