@@ -18,6 +18,7 @@ from polyrank.core.types import ClientProfile, LocalTraining, ServerState
 from polyrank.data import CausalSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.errors import InputError
+from polyrank.experiment.calibrate import calibrate
 from polyrank.experiment.exported import exported
 from polyrank.experiment.loading import parse
 from polyrank.experiment.planning import describe
@@ -114,6 +115,19 @@ def test_what_is_planned_is_what_is_loaded(folder: Path, quantize: Quantization)
         kept += state.absmax.numel() * state.absmax.element_size() if state is not None else 0
     assert base.spec.architecture is not None
     assert base_bytes(base.spec.architecture) == kept
+
+
+@needs_it
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_profile_measures_the_quantised_base(folder: Path, quantize: Quantization) -> None:
+    experiment = {
+        "rounds": 1,
+        "model": {"name": str(folder), "targets": "all-linear", "max_length": 12, "quantize": quantize},
+        "data": {"name": "instructions", "clients": 1, "train": "a.parquet", "test": "b.parquet"},
+        "fleet": [{"rank": 8}],
+    }
+    for step in calibrate(parse(experiment, "test", folder), [2, 8])["measured"]["steps"]:
+        assert step["predicted"]["base"] == pytest.approx(step["measured"]["base"], rel=0.1)  # scales are no parameters
 
 
 @needs_it
