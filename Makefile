@@ -12,8 +12,11 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
+# For tests of which several run at the same time: one thread each.
+QUIETLY := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 POLYRANK_SCREENSHOTS=build/screenshots
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs unit deploy real bench clean
+.PHONY: help demo test lint types docs both unit deploy real bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -22,7 +25,7 @@ help: ## this list
 demo: $(VENV)/.demo ## the digits experiment: no download, under a minute
 	$(BIN)/polyrank run
 
-test: lint types docs unit deploy real ## everything CI checks
+test: lint types docs both real ## everything CI checks
 
 lint: $(VENV)/.dev ## ruff: rules and formatting
 	$(BIN)/ruff check
@@ -34,15 +37,15 @@ types: $(VENV)/.dev ## mypy, strict on core and methods
 docs: $(VENV)/.dev ## the documentation, into site/
 	$(BIN)/mkdocs build --strict --quiet
 
-unit: export OMP_NUM_THREADS := 1
-unit: export MKL_NUM_THREADS := 1
-unit: export POLYRANK_SCREENSHOTS := build/screenshots
-unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
-	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
+# A deployment mostly waits for itself, so its tests, which one process runs, take their time beside those of the unit.
+both: $(VENV)/.dev ## unit and deploy, side by side
+	$(QUIETLY) $(BIN)/pytest -m 'not real' -n 3 --dist loadgroup -rs --durations=10
 
-deploy: export OMP_NUM_THREADS := 1
+unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
+	$(QUIETLY) $(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
+
 deploy: $(VENV)/.dev ## a deployment of Flower on loopback, one for all of its tests
-	$(BIN)/pytest -m deploy -n 0 -rs --durations=10
+	$(QUIETLY) $(BIN)/pytest -m deploy -n 0 -rs --durations=10
 
 real: $(VENV)/.dev ## real models and data, where they are present; says what it skips
 	$(BIN)/pytest -m real -n 0 -v -rs --durations=10

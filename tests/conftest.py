@@ -8,6 +8,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by libraries when they are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # what a run takes as its number of threads
+os.environ["GOMP_SPINCOUNT"] = "10000"  # as polyrank has it, which here is imported after torch
 
 import numpy as np
 import pytest

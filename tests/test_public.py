@@ -1,6 +1,7 @@
 """The public surface is what `polyrank/__init__.py` exports, no more and no less."""
 
 import json
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -34,6 +35,16 @@ def test_nothing_else_is_public() -> None:
         if not name.startswith("_") and (not isinstance(value, ModuleType) or name in polyrank.__all__)
     }
     assert named == {name for name in polyrank.__all__ if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")]
+)
+def test_waiting_threads_spin_shortly_unless_told_otherwise(said: dict[str, str], spins: str) -> None:
+    code = "import os, polyrank; print(os.environ.get('GOMP_SPINCOUNT'))"
+    without = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    found = subprocess.run([sys.executable, "-c", code], env=without | said, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == spins
 
 
 def test_importing_polyrank_loads_no_heavy_library() -> None:

@@ -1,7 +1,14 @@
 """polyrank: one Hugging Face model, fine-tuned by many clients that cannot afford the same LoRA."""
 
 import importlib
+import os
 import typing
+
+# A thread that has done its part of a product spins until the others have. Where another process has their cores, that
+# is until they get one back, hundreds of times a step; spinning for a shorter while costs nothing and leaves them room.
+# OpenMP reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if typing.TYPE_CHECKING:
     from polyrank.core.compress import compress
