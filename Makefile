@@ -12,9 +12,6 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-# For tests of which several run at the same time: one thread each.
-QUIETLY := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 POLYRANK_SCREENSHOTS=build/screenshots
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types docs both unit deploy real bench clean
 .DELETE_ON_ERROR:
@@ -37,15 +34,18 @@ types: $(VENV)/.dev ## mypy, strict on core and methods
 docs: $(VENV)/.dev ## the documentation, into site/
 	$(BIN)/mkdocs build --strict --quiet
 
-# A deployment mostly waits for itself, so its tests, which one process runs, take their time beside those of the unit.
-both: $(VENV)/.dev ## unit and deploy, side by side
-	$(QUIETLY) $(BIN)/pytest -m 'not real' -n 3 --dist loadgroup -rs --durations=10
+both: $(VENV)/.dev ## unit and deploy side by side, each told of at its end: a deployment mostly waits
+	$(MAKE) -j 2 -O unit deploy
 
+unit: export OMP_NUM_THREADS := 1
+unit: export MKL_NUM_THREADS := 1
+unit: export POLYRANK_SCREENSHOTS := build/screenshots
 unit: $(VENV)/.dev ## tests that need nothing but the checkout, on two processes of one thread
-	$(QUIETLY) $(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
+	$(BIN)/pytest -m 'not real and not deploy' -n 2 -rs --durations=10
 
+deploy: export OMP_NUM_THREADS := 1
 deploy: $(VENV)/.dev ## a deployment of Flower on loopback, one for all of its tests
-	$(QUIETLY) $(BIN)/pytest -m deploy -n 0 -rs --durations=10
+	$(BIN)/pytest -m deploy -n 0 -rs --durations=10
 
 real: $(VENV)/.dev ## real models and data, where they are present; says what it skips
 	$(BIN)/pytest -m real -n 0 -v -rs --durations=10

@@ -1,6 +1,7 @@
 """What all tests share: an offline, single-threaded process, tiny models built from a config, and a tiny experiment."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from polyrank.core.types import ModelSpec
 from polyrank.data import TextSplit
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; processes that tests start would, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Batch = dict[str, Tensor]
 CLASSES, VOCABULARY = 3, 40

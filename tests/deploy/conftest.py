@@ -29,7 +29,7 @@ def made(folder: Path, *names: str) -> Deployment:
     return provision.init(folder, names, ["localhost"], port=0, superlink_port=0, listen="127.0.0.1", **TOY)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def deployment(apps: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A server with a gateway; nodes ``alpha`` and ``beta`` are connected through it, ``gamma`` is registered only."""
     found = made(tmp_path_factory.mktemp("deployment") / "server", "alpha", "beta", "gamma")

@@ -21,7 +21,7 @@ from polyrank.deploy import certificates, join, operate
 from polyrank.deploy.control import plain
 from polyrank.deploy.layout import DeployError, Deployment, Node, environment, free_port, program, write_private
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

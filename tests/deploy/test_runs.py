@@ -22,7 +22,7 @@ from polyrank.experiment.store import Run
 
 from .conftest import made
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy")]
+pytestmark = pytest.mark.deploy
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "digits.yaml"
 

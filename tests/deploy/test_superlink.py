@@ -24,7 +24,7 @@ from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 
-pytestmark = [pytest.mark.deploy, pytest.mark.xdist_group("deploy"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 Config = dict[str, Any]
 METHODS = ("fedit", "hetlora", "flexlora", "flora", "rb_lora", "hralora", "fed_hello")
 
