@@ -24,7 +24,7 @@ Metrics = Mapping[str, float]
 def said(world: World, parts: Sequence[Adapter], split: str, indices: Indices | None = None) -> Predictions:
     """What the base with adapters added says of a split, or of some of its examples."""
     with world.base.attached(combine(parts)) as model:
-        return predictions(model, world.splits[split], indices)
+        return predictions(model, world.splits[split], indices, output=world.base.output)
 
 
 def averaged(metrics: Sequence[Metrics]) -> dict[str, float]:

@@ -109,9 +109,9 @@ class Cohort:
     # --- one step
 
     def meet(self, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Begins a forward pass, in which clients have so many rows, and texts so many positions, of their own."""
-        if self.masks is not None:
-            self.masks.meet(rows, positions)
+        """Begins a pass with dropout, in which clients have so many rows, and texts so many positions, of their own."""
+        assert self.masks is not None
+        self.masks.meet(rows, positions)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """One optimizer of every client's own parts, with learning rates and weight decay of their own."""

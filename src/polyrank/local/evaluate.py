@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyrank.local.attach import Batch
 from polyrank.local.data import Examples, Indices, by_length
-from polyrank.local.losses import asked, by_example
+from polyrank.local.losses import asked, asked_alone, by_example
 
 Predict = Callable[[Batch], Tensor]
 """A model: batch -> logits."""
@@ -114,10 +114,22 @@ class Tokens(Predictions):
         return Tokens(self.counts[first:last], self.correct[first:last], self.losses[first:last])
 
 
-def predictions(predict: Predict, data: Examples, indices: Indices | None = None, *, tokens: int = 2048) -> Predictions:
+def predictions(
+    predict: Predict,
+    data: Examples,
+    indices: Indices | None = None,
+    *,
+    tokens: int = 2048,
+    output: nn.Module | None = None,
+) -> Predictions:
     """What a model says of `data` (or `indices` of it), in order.
 
-    Batches hold examples of similar length, at most `tokens` input positions each.
+    Args:
+        predict: the model.
+        data: examples.
+        indices: which of them; None: all.
+        tokens: most input positions of a batch, whose examples are of similar length.
+        output: the layer of the model that makes logits, which then runs only where a token is asked for.
     """
     everything = np.arange(len(data.labels)) if indices is None else indices
     chosen, hits, told = (np.zeros(len(everything), kind) for kind in (np.int64, np.int64, np.float64))
@@ -125,7 +137,8 @@ def predictions(predict: Predict, data: Examples, indices: Indices | None = None
     with torch.inference_mode():
         for places in by_length(np.arange(len(everything)), data.lengths[everything], tokens):
             batch = data.batch(everything[places])
-            logits, truth, where = asked(predict(batch), batch["labels"])
+            with asked_alone(output, batch["labels"]):
+                logits, truth, where = asked(predict(batch), batch["labels"])
             best, texts = logits.argmax(-1), where is not None
             each = F.cross_entropy(logits.float(), truth, reduction="none")
             told[places] = by_example(each, where).cpu().numpy()

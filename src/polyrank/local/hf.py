@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel
 from torch import Tensor, nn
 
 from polyrank.core.architecture import Quantization
@@ -260,6 +259,8 @@ def load_exported(base: Base, folder: Path) -> Callable[[Batch], Tensor]:
     """
     if base.info.fan_in_fan_out and read_adapter(folder)[1].rank is not None:
         raise ModelError(f"{folder}: PEFT has no LoKr for Conv1D layers, GPT-2's, so it cannot load this adapter")
+    from peft import PeftModel  # with all that it imports, a second that most commands need not wait
+
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(base.model, str(folder)).to(base.device).eval()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from polyrank.errors import TrainingError
 from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.cohort import Cohort, Job
-from polyrank.local.data import Examples, Indices, shuffled
+from polyrank.local.data import Examples, Indices, Packable, shuffled
 from polyrank.local.dpsgd import poisson, train_privately
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.measure import Meter
@@ -173,11 +174,12 @@ def _backward(
         parts = [rows_of(own[at], data.lengths, local.pack) if at < len(own) else [] for own in batches]
         filled, weights = _side_by_side(parts, batches, data.targets)
         rows = [row for part in filled for row in part]
-        batch = data.packed(rows) if local.pack else data.batch(np.concatenate(rows))  # type: ignore[attr-defined]
-        positions = [max((int(data.lengths[row].sum()) for row in part), default=0) for part in parts]
-        cohort.meet(list(map(len, parts)), positions if "input_ids" in batch else [])
-        own_rows = zip(prefixes or (), map(np.concatenate, filled), strict=False)
-        going_on = resumed(list(own_rows)) if prefixes else nullcontext()
+        batch = cast(Packable, data).packed(rows) if local.pack else data.batch(np.concatenate(rows))
+        if local.dropout:
+            positions = [max((int(data.lengths[row].sum()) for row in part), default=0) for part in parts]
+            cohort.meet(list(map(len, parts)), positions if "input_ids" in batch else [])
+        examples = map(np.concatenate, filled)
+        going_on = resumed(list(zip(prefixes, examples, strict=False))) if prefixes else nullcontext()
         alone = asked_alone(cohort.base.output, batch["labels"])
         with meter.forward() if meter else nullcontext():
             with autocast(local, cohort.base.device), going_on, alone:
