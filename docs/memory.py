@@ -64,6 +64,9 @@ What follows from the rules of autograd, and is easily got wrong:
   does not depend on a trained module keeps nothing either.
 - Eager attention keeps heads x tokens² probabilities per layer; memory-efficient attention (sdpa) does not.
 - With checkpointing a block keeps its input only, and is run again in the backward pass, one block at a time.
+- A trained factor has no gradient before the backward pass has come to it. By then most activations are gone, unless
+  batches accumulate: the gradients of those before are there from the start.
+- Where a value is used twice, its two gradients and their sum are three tensors for a moment.
 """
 COLUMNS = """
 | family | size | attention | targets | plain | checkpointing | dropout | dropout, checkpointing |

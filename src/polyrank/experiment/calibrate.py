@@ -18,7 +18,8 @@ from polyrank.core.rng import stream
 from polyrank.core.types import LocalTraining
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.machine import on_this_machine
-from polyrank.experiment.planning import describe, group_budgets, load_random
+from polyrank.experiment.models import load_random
+from polyrank.experiment.planning import describe, group_budgets
 from polyrank.local.base import Base
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.measure import device_memory, model_bytes, peak_of, saved_tensors

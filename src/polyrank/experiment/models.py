@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from polyrank.core.rng import stream
 from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_causal, prepare_images, prepare_text
 from polyrank.data.prompts import form_of
 from polyrank.data.source import Kind, Prompting
-from polyrank.experiment.config import ModelConfig
-from polyrank.experiment.planning import BUILT_IN_MODELS
+from polyrank.experiment.config import Experiment, ModelConfig
+from polyrank.experiment.planning import BUILT_IN_MODELS, from_config
 from polyrank.local import hf, processors
 from polyrank.local.base import Base
+from polyrank.local.quantized import check_quantization
 
 Split = TextSplit | ImageSplit | CausalSplit
 
@@ -34,6 +37,23 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
         tokens=config.max_length,
         quantize=config.quantize,
     )
+
+
+def load_random(experiment: Experiment, device: str) -> Base:
+    """The experiment's model with random weights: its costs are those of the real one.
+
+    Raises:
+        InputError: if it is to be quantised, and cannot be on this device.
+    """
+    if experiment.model.quantize is None:
+        return from_config(experiment, device)
+    check_quantization(experiment.model.quantize, device)
+    whole = from_config(experiment, "cpu")
+    kind: Kind = "causal" if whole.causal else "text" if hasattr(whole.model.config, "vocab_size") else "image"
+    with TemporaryDirectory() as folder:  # a model is quantised as it is read
+        hf.save_model(whole.model, Path(folder))
+        config = experiment.model.model_copy(update={"name": folder})
+        return load_base(config, kind, list(whole.model.config.id2label.values()), device, stream(0, "random"))
 
 
 def prompting_of(prompting: Prompting) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -12,9 +10,8 @@ from pydantic import Field, ValidationError
 from polyrank.core.architecture import Calibration, ModelSpec
 from polyrank.core.costs import NoFormulaError
 from polyrank.core.method import Method
-from polyrank.core.rng import stream
 from polyrank.core.types import Budget, ClientProfile
-from polyrank.data.outline import Outline, outline
+from polyrank.data import outline
 from polyrank.experiment.components import Strict, parameters
 from polyrank.experiment.config import ConfigError, Experiment, Resources
 from polyrank.experiment.tables import DATASETS
@@ -22,7 +19,6 @@ from polyrank.local import hf
 from polyrank.local.base import Base
 from polyrank.local.digits_base import digits_config, digits_vit
 from polyrank.local.measure import device_memory
-from polyrank.local.quantized import check_quantization
 
 BUILT_IN_MODELS = {"digits-vit": (digits_config, digits_vit)}
 """Models that polyrank makes itself, by name: their config, and the folder of their weights."""
@@ -40,47 +36,16 @@ class CalibrationFile(Strict):
 
 def describe(experiment: Experiment, method: Method) -> ModelSpec:
     """The model's spec from its config alone, with the head's part in the traffic and what was calibrated."""
-    spec = completed(_from_config(experiment, "meta").spec, experiment, method)
+    spec = completed(from_config(experiment, "meta").spec, experiment, method)
     assert spec.architecture is not None
     return replace(spec, architecture=replace(spec.architecture, quantization=experiment.model.quantize))
 
 
-def load_random(experiment: Experiment, device: str) -> Base:
-    """The experiment's model with random weights: its costs are those of the real one.
-
-    Raises:
-        InputError: if it is to be quantised, and cannot be on this device.
-    """
+def from_config(experiment: Experiment, device: str) -> Base:
+    """The experiment's model from its config alone, without weights on ``meta``, with random ones elsewhere."""
     config = experiment.model
-    if config.quantize is None:
-        return _from_config(experiment, device)
-    check_quantization(config.quantize, device)
-    whole = _from_config(experiment, "cpu")
-    classes = [] if whole.causal else [str(label) for label in range(whole.model.config.num_labels)]
-    with TemporaryDirectory() as folder:  # a model is quantised as it is read
-        hf.save_model(whole.model, Path(folder))
-        return hf.load_base(
-            folder,
-            config.targets,
-            kind=_outline(experiment).kind,
-            classes=classes,
-            rng=stream(0, "random"),
-            device=device,
-            dtype=config.dtype,
-            image_size=config.image_size,
-            attention=config.attention,
-            tokens=config.max_length,
-            quantize=config.quantize,
-        )
-
-
-def _outline(experiment: Experiment) -> Outline:
     options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
-    return outline(experiment.data.name, options)
-
-
-def _from_config(experiment: Experiment, device: str) -> Base:
-    config, data = experiment.model, _outline(experiment)
+    data = outline(experiment.data.name, options)
     made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
     return hf.base_from_config(
         made() if made else hf.locate(str(config.config or config.name)),

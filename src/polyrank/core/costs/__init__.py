@@ -2,7 +2,7 @@
 
 from polyrank.core.costs.families import FAMILIES
 from polyrank.core.costs.memory import Memory, NoFormulaError, adapter_elements, base_bytes, memory, record, task_memory
-from polyrank.core.costs.peak import Moment, moments, saved_bytes
+from polyrank.core.costs.peak import saved_bytes
 from polyrank.core.costs.remedies import remedies
 from polyrank.core.costs.tape import ACTIVATIONS
 from polyrank.core.costs.traffic import download_bytes, round_seconds, training_flops, upload_bytes
@@ -11,13 +11,11 @@ __all__ = [
     "ACTIVATIONS",
     "FAMILIES",
     "Memory",
-    "Moment",
     "NoFormulaError",
     "adapter_elements",
     "base_bytes",
     "download_bytes",
     "memory",
-    "moments",
     "record",
     "remedies",
     "round_seconds",

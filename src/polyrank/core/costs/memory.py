@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from polyrank.core.architecture import Architecture, ModelSpec
 from polyrank.core.costs.families import FAMILIES
 from polyrank.core.costs.peak import moments, saved_bytes
-from polyrank.core.costs.tape import Step, Tape
+from polyrank.core.costs.tape import FLOAT32, Step, Tape
 from polyrank.core.lokr import lokr_elements, lokr_shapes
 from polyrank.core.lowrank import Factors, nbytes
 from polyrank.core.types import LocalTraining, Task
@@ -16,7 +16,6 @@ from polyrank.core.types import LocalTraining, Task
 # Bytes per element of a quantised linear layer: LLM.int8 (arXiv 2208.07339) keeps one float32 per row besides; NF4
 # (arXiv 2305.14314) half a byte and one float32 per 64 elements.
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-_FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ def memory(spec: ModelSpec, local: LocalTraining, ranks: Mapping[str, int], fact
     adapter = adapter_elements(spec, ranks, "AB") + head
     trained = adapter_elements(spec, ranks, factors) + head * spec.head_trained
     states = 2 if local.optimizer == "adamw" else int(local.momentum > 0)
-    gradients = _FLOAT32 * trained
+    gradients = FLOAT32 * trained
     activations, working, apart = _activations(spec, local, ranks, factors, gradients)
     return Memory(
         base=base_bytes(model),
-        adapter=float(_FLOAT32 * adapter),
+        adapter=float(FLOAT32 * adapter),
         gradients=float(gradients),
-        optimizer=float(_FLOAT32 * trained * states),
+        optimizer=float(FLOAT32 * trained * states),
         activations=activations,
         working=working,
         apart=apart,
@@ -167,7 +166,7 @@ def _activations(
         return local.batch * (measured.constant + measured.per_rank * sum(ranks.values())), 0.0, 0.0
     tape = record(spec, local, ranks, factors)
     found = moments(tape.ops, gradients if local.accumulate > 1 else 0)
-    kept, most = saved_bytes(tape.ops), max(moment.activations for moment in found)
+    kept = measured.scale * saved_bytes(tape.ops)
+    highest = measured.scale * max(moment.activations for moment in found)
     together = max(measured.scale * moment.activations + moment.gradients for moment in found)
-    highest = measured.scale * max(most, kept)
-    return measured.scale * kept, highest - measured.scale * kept, min(together - highest - gradients, 0.0)
+    return kept, highest - kept, together - highest - gradients

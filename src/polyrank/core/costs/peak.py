@@ -14,7 +14,7 @@ class Moment:
 
     Attributes:
         kept: activations that the backward pass has still to see.
-        passing: activations and their gradients that come and go.
+        passing: activations and gradients that come and go.
         gradients: of parameters, as many as there are by then.
     """
 
@@ -24,7 +24,7 @@ class Moment:
 
     @property
     def activations(self) -> int:
-        """All but parameters' gradients."""
+        """All but the gradients of parameters that stay."""
         return self.kept + self.passing
 
 
@@ -80,7 +80,8 @@ def _backward(ops: Sequence[Op], resident: int) -> Iterator[Moment]:
         wanted = [x for x in dict.fromkeys(op.inputs) if x.grad]
         new = sum(x.nbytes for x in wanted)
         # A gradient that is there already grows in place, by another that comes and goes.
-        yield Moment(kept, live + new + op.scratch, resident + grown + op.grows)
+        again, first = (op.grows, 0) if resident else (0, op.grows)
+        yield Moment(kept, live + new + op.scratch + again, resident + grown + first)
         grown += 0 if resident else op.grown
         live -= gradients.pop(op.output, 0)
         for value in dict.fromkeys(op.saved):

@@ -16,7 +16,8 @@ from polyrank.core.architecture import Architecture
 from polyrank.core.lokr import Shape
 from polyrank.core.lowrank import Factors
 
-_FLOAT32 = 4  # bytes of what is trained, and of its gradient
+FLOAT32 = 4
+"""Bytes of an element that is trained, of its gradient and of each of its states."""
 
 # What a nonlinearity of n elements saves, and what its backward needs beside: both in copies of n.
 ACTIVATIONS = {
@@ -140,7 +141,7 @@ class Tape:
         output = Value(numel, itemsize or max(x.itemsize for x in inputs), grad, part_of)
         if grad:
             kept = tuple(value.part_of or value for value in (*saved, *[output] * keeps_result))
-            self.ops.append(Op(tuple(inputs), output, kept, scratch=scratch, grows=_FLOAT32 * trained))
+            self.ops.append(Op(tuple(inputs), output, kept, scratch=scratch, grows=FLOAT32 * trained))
         return output
 
     def linear(self, name: str, x: Value) -> Value:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.costs.memory import NoFormulaError, adapter_elements, record
+from polyrank.core.costs.tape import FLOAT32
 from polyrank.core.lowrank import Factors
 from polyrank.core.types import ClientProfile, LocalTraining
-
-_FLOAT32 = 4
 
 
 def upload_bytes(spec: ModelSpec, ranks: Mapping[str, int], factors: Factors = "AB") -> int:
     """Bytes of tensors a client sends: the factors it trained, and the head if it trained it."""
     head = sum(spec.head.values()) if spec.head_trained else 0
-    return _FLOAT32 * (adapter_elements(spec, ranks, factors) + head)
+    return FLOAT32 * (adapter_elements(spec, ranks, factors) + head)
 
 
 def download_bytes(spec: ModelSpec, ranks: Mapping[str, int]) -> int:
@@ -25,7 +24,7 @@ def download_bytes(spec: ModelSpec, ranks: Mapping[str, int]) -> int:
 
     What a method has a client carry beside them (folds, the rows beyond its rank) comes on top.
     """
-    return _FLOAT32 * (adapter_elements(spec, ranks, "AB") + sum(spec.head.values()))
+    return FLOAT32 * (adapter_elements(spec, ranks, "AB") + sum(spec.head.values()))
 
 
 def transfer_seconds(nbytes: float, speed: float) -> float:
