@@ -62,7 +62,7 @@ def rows(name: str, batch: int, targets: str | list[str], folder: Path) -> list[
     for step in measured["steps"]:
         want, got = step["predicted"]["peak"], step["measured"]["peak"]
         found.append({"model": name, "targets": shown, "rank": step["rank"], "predicted": want, "measured": got})
-        print(f"{name:12} {shown:13} rank {step['rank']:3}  {want / got - 1:+.2%}", flush=True)
+        print(f"{name:12} {shown:13} rank {step['rank']:3}  {want / got - 1:+z.2%}", flush=True)
     return found
 
 

@@ -198,7 +198,7 @@ def table(found: Rows) -> str:
     """What was measured, and how far the formula is from it."""
     text = COLUMNS
     for name, own in found:
-        shown = (f"{got / 2**20:,.3f} MiB ({want / got - 1:+.2%})" for got, want in own)
+        shown = (f"{got / 2**20:,.3f} MiB ({want / got - 1:+z.2%})" for got, want in own)
         text += f"{name} {' | '.join(shown)} |\n"
     return text
 
@@ -212,7 +212,7 @@ def peaks() -> str:
         for row in run["rows"]:
             want, got = row["predicted"] / 2**20, row["measured"] / 2**20
             name = f"{row['model']} | {row['targets']} | {row['rank']}"
-            text += f"| {name} | {want:,.1f} | {got:,.1f} | {want / got - 1:+.2%} |\n"
+            text += f"| {name} | {want:,.1f} | {got:,.1f} | {want / got - 1:+z.2%} |\n"
         errors = [abs(row["predicted"] / row["measured"] - 1) for row in run["rows"]]
         text += f"\nMean error {sum(errors) / len(errors):.2%}, largest {max(errors):.2%}.\n"
     return text
@@ -228,7 +228,7 @@ def whole_round() -> str:
         want, got = row["predicted"] / 2**20, row["measured"] / 2**20
         again = "yes" if row["checkpointing"] else "no"
         text += (
-            f"| {row['rank']} | {again} | {want:,.1f} | {got:,.1f} | {want / got - 1:+.2%} | {row['seconds']:.0f} |\n"
+            f"| {row['rank']} | {again} | {want:,.1f} | {got:,.1f} | {want / got - 1:+z.2%} | {row['seconds']:.0f} |\n"
         )
     return text
 

@@ -12,8 +12,8 @@ from polyrank.report import tables
 from polyrank.report.answers import answers
 from polyrank.report.gather import gather
 from polyrank.report.goal import ACCURACY
-from polyrank.report.measures import over_seeds
-from polyrank.report.tables import Row, Table, summarise
+from polyrank.report.measures import Value, over_seeds
+from polyrank.report.tables import Column, Row, Table, leaders, summarise
 from recorded import write_run, write_study
 
 
@@ -159,3 +159,19 @@ def test_answers_name_the_winner_and_how_sure_it_is(tmp_path: Path) -> None:
     assert "after round 2" in going.facts[1].says
     base = answered(write_run(tmp_path / "base", "zero_shot"))
     assert base.title.startswith("zero_shot reached")
+
+
+@pytest.mark.parametrize(
+    ("means", "better", "best"),
+    [
+        ((5, 5, 7), "low", {"a", "b"}),
+        ((5, 5, 7), "high", {"c"}),
+        ((5, 5, 5), "high", set()),
+        ((5, None, 5), "low", {"a", "c"}),
+        ((None, None, None), "low", set()),
+    ],
+)
+def test_rows_that_are_best_together_lead(means: tuple[float | None, ...], better: str, best: set[str]) -> None:
+    values = [None if mean is None else Value(mean, None, (mean,)) for mean in means]
+    rows = [Row(name, "", "1", {"x": value}, None) for name, value in zip("abc", values, strict=True)]
+    assert leaders([Column("x", "x", "What it is.", "score", better)], rows) == {"x": best}

@@ -52,7 +52,7 @@ def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:
     for step in found["steps"]:
         for part, got in step["measured"].items():
             predicted = step["predicted"].get(part)
-            error = "-" if not predicted or not got else f"{predicted / got - 1:+.1%}"
+            error = "-" if not predicted or not got else f"{predicted / got - 1:+z.1%}"
             table.add_row(str(step["rank"]), part, "-" if predicted is None else _mib(predicted), _mib(got), error)
     yield table
     yield f"peak resident memory of this process: {_mib(found['resident'])}"
@@ -103,7 +103,7 @@ def _memory(groups: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("peak memory, MiB", *(group["name"] for group in groups))
 
     def row(name: str, values: list[float | None], style: str = "") -> None:
-        table.add_row(name, *("-" if value is None else f"{value / 2**20:,.1f}" for value in values), style=style)
+        table.add_row(name, *("-" if value is None else f"{value / 2**20:z,.1f}" for value in values), style=style)
 
     for part in PARTS:
         row(part, [group["peak"] and group["peak"][part] for group in groups])

@@ -175,6 +175,17 @@ def federated(table: Table) -> list[Row]:
     return [row for row in table.rows if row.entry is not None and row.entry.federated and row.values["final"]]
 
 
+def leaders(columns: Sequence[Column], rows: Sequence[Row]) -> dict[str, set[str]]:
+    """The labels of the rows that are best, by column; of none where all are alike."""
+    found: dict[str, set[str]] = {}
+    for column in columns:
+        known = {row.label: value.mean for row in rows if (value := row.values.get(column.key))}
+        first = (max if column.better == "high" else min)(known.values(), default=None)
+        best = {label for label, mean in known.items() if mean == first}
+        found[column.key] = best if len(best) < len(rows) else set()
+    return found
+
+
 def ordering(table: Table) -> tuple[str, ...]:
     """Whether single >= every federated method >= local holds, as sentences; empty without baselines."""
     return tuple(sentence for name in ("single", "local") for sentence in _held_against(table, name))

@@ -63,7 +63,7 @@ def page(gathered: Gathered, table: Table) -> str:
         gathered=gathered,
         answers=answers(gathered, table),
         table=table,
-        best=_best(table),
+        best=tables.leaders(table.columns, tables.federated(table)),
         has_settings=any(row.setting for row in table.rows),
         ordering=tables.ordering(table),
         styles=_styles(gathered, table),
@@ -94,18 +94,6 @@ def _text(name: str) -> str:
 
 def _styles(gathered: Gathered, table: Table) -> dict[str, Style]:
     return {row.label: style_of(row.method) for row in table.rows} | looks(gathered)
-
-
-def _best(table: Table) -> dict[str, str]:
-    """Column -> label of the federated row that is best there."""
-    rows = tables.federated(table)
-    sign = {"high": -1.0, "low": 1.0}
-    found = {}
-    for column in table.columns if len(rows) > 1 else ():
-        known = [(sign[column.better] * value.mean, row.label) for row in rows if (value := row.values.get(column.key))]
-        if known:
-            found[column.key] = min(known)[1]
-    return found
 
 
 def _legend(gathered: Gathered, drawn: Sequence[dict[str, Any]]) -> list[Legend]:
