@@ -162,7 +162,7 @@ def test_an_exports_card_lets_it_answer(
 
 
 def test_the_report_is_of_nats_per_token(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
+    pytest.importorskip("plotly", reason="the extra `report` is not installed")
     folder, summary = finished
     gathered = gather([folder])
     table = summarise(gathered)
