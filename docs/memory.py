@@ -139,7 +139,6 @@ def base_of(family: str, size: str, attention: str, targets: str | list[str], ca
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
     base = Base(model, targets, name=family, tokens=TOKENS)
-    base.interpolates(None)
     return base
 
 

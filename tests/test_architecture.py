@@ -31,6 +31,7 @@ PURE = {"core", "methods"}  # beyond the standard library, these know torch and 
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
 ONLY_IN = {
     "transformers": {
+        "polyrank.local.configs",
         "polyrank.local.hf",
         "polyrank.local.processors",
         "polyrank.local.quantized",

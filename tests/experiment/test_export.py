@@ -176,8 +176,8 @@ def test_another_model_s_adapter_is_refused(tiny_model: Models, random_adapter: 
 def test_images_of_another_size_need_no_interpolation_once_merged(
     tmp_path: Path, tiny_model: Models, random_adapter: Adapters
 ) -> None:
-    base = saved_base(tiny_model("vit"), tmp_path / "base")
-    base.interpolates(16)
+    saved = saved_base(tiny_model("vit"), tmp_path / "base")
+    base = Base(saved.model, "all-linear", name=str(tmp_path / "base"), image_size=16)
     adapter = random_adapter(base.spec, head=base.initial_head())
     batch = {"pixel_values": torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))}
     with base.attached(adapter) as live, torch.no_grad():

@@ -96,7 +96,7 @@ def test_the_rank_is_the_largest_that_fits(fleet: dict, model: ModelSpec, local:
     model = replace(model, calibration=Calibration(overhead=1e6))
 
     def fits(profile: ClientProfile, rank: int) -> bool:
-        ranks = dict.fromkeys(model.modules, rank)
+        ranks = model.at(rank)
         if profile.memory is not None and memory(model, local, ranks, factors).total > profile.memory:
             return False
         if profile.uplink is not None and 8 * upload_bytes(model, ranks, factors) > profile.uplink:

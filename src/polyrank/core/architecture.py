@@ -21,17 +21,21 @@ class Architecture:
         linears: every linear layer of the backbone by name, as (d_out, d_in).
         blocks: the names of the linear layers of each transformer block, in the order of the forward pass.
         after: those after the last block (BERT's pooler).
-        hidden: width of the residual stream.
+        hidden: width of the residual stream; 0 where there is no formula that needs it, and so is `heads`.
         heads, kv_heads: attention heads, and key-value heads where several query heads share one.
         activation: the nonlinearity of the MLP, by Transformers' name.
         attention: ``eager`` keeps heads x tokens^2 probabilities, ``sdpa`` (memory-efficient) does not.
-        tokens: positions per example, as the data is prepared.
+        tokens: positions per example, as the data is prepared; 0 where they are not known, or in no row.
         classes: outputs of the head: classes, or the vocabulary.
         causal: whether the head predicts the next token at every position.
         weights: bytes per base parameter: 4, or 2 for a bfloat16 base.
         parameters: base parameters, all of them.
         quantization: of the linear layers of the backbone.
         rotated: the part of each head whose positions are rotated, where the family rotates them.
+        kind: the model's type, as its config has it.
+        backbone: parameters of the backbone, as far as it runs.
+        others: parameters of its matrices that belong to no linear layer and no embedding, by name with ``*`` for
+            numbers, the largest first: no adapter reaches them.
     """
 
     family: str
@@ -50,6 +54,9 @@ class Architecture:
     quantization: Quantization | None = None
     causal: bool = False
     rotated: float = 1.0
+    kind: str = ""
+    backbone: int = 0
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class ModelSpec:
         calibration: what was measured on a client's kind of device.
         lokr: LoKr's r where the modules train its Kronecker factors, which cost the same at every rank budget; None
             where they train low-rank layers.
+        exact: modules that were named one by one, so that a rank which they have no room for is a mistake. Others take
+            the rank that they have room for.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -94,8 +103,25 @@ class ModelSpec:
     architecture: Architecture | None = None
     calibration: Calibration = NO_CALIBRATION
     lokr: int | None = None
+    exact: frozenset[str] = frozenset()
 
     @property
     def full_rank(self) -> int:
-        """The largest rank that every adapted module has room for."""
-        return min((min(shape) for shape in self.modules.values()), default=0)
+        """The largest rank of any use: that of the narrowest module named by itself, or else what the widest takes."""
+        rooms = {name: min(shape) for name, shape in self.modules.items()}
+        return min((rooms[name] for name in self.exact), default=max(rooms.values(), default=0))
+
+    def at(self, rank: int) -> dict[str, int]:
+        """This rank on every module, or what one has room for.
+
+        >>> ModelSpec({"q_proj": (32, 32), "router": (2, 32)}).at(4)
+        {'q_proj': 4, 'router': 2}
+        """
+        return {name: min(rank, *shape) for name, shape in self.modules.items()}
+
+    @property
+    def covered(self) -> float | None:
+        """The share of the backbone's parameters that an adapter updates; None where it is not known."""
+        if self.architecture is None or not self.architecture.backbone:
+            return None
+        return sum(d_out * d_in for d_out, d_in in self.modules.values()) / self.architecture.backbone

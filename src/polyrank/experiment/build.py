@@ -29,7 +29,15 @@ from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.language import Language, language
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
 from polyrank.experiment.models import Split, load_base, preparer, prompting_of
-from polyrank.experiment.planning import check_stated_ranks, completed, describe, group_budgets, server_rank
+from polyrank.experiment.planning import (
+    check_rank,
+    check_stated_ranks,
+    completed,
+    describe,
+    group_budgets,
+    notes_of,
+    server_rank,
+)
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
 from polyrank.local.adapters import AdapterInfo
@@ -59,6 +67,7 @@ class World:
         start: the first state.
         info: what an exported adapter's config says.
         language: what a language model is asked besides its test split, if anything.
+        notes: what is said of the model before training.
     """
 
     base: Base
@@ -72,6 +81,7 @@ class World:
     start: ServerState
     info: AdapterInfo
     language: Language | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build(experiment: Experiment) -> World:
@@ -178,8 +188,9 @@ class _Ground:
         info = replace(self.base.info, rank=self.method.rank)
         held_out = self.shares.held_out() if experiment.evaluate.clients else None
         classes = tuple(self.shares.dataset.classes)
-        spec, rank, method, asked = self.spec, self.rank, self.method, self.language
-        return World(self.base, spec, rank, clients, method, self.splits, held_out, classes, start, info, asked)
+        spec, rank, method, splits = self.spec, self.rank, self.method, self.splits
+        said = self.language, tuple(notes_of(spec))
+        return World(self.base, spec, rank, clients, method, splits, held_out, classes, start, info, *said)
 
 
 def _ground(experiment: Experiment) -> _Ground:
@@ -210,10 +221,3 @@ def _ground(experiment: Experiment) -> _Ground:
             warn_of_silent(split, name, experiment.model.max_length)
     spec = completed(base.spec, experiment, method)
     return _Ground(base, spec, rank, method, shares, splits, language(experiment, dataset, base))
-
-
-def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
-    """Refuses a server's rank that a module has no room for."""
-    for name, shape in spec.modules.items():
-        if min(shape) < rank and experiment.model.rank is not None:
-            raise ConfigError(f"model.rank: {rank} exceeds the smaller dimension of {name} ({shape[0]} x {shape[1]})")

@@ -82,9 +82,9 @@ def _ranks(experiment: Experiment, spec: ModelSpec) -> list[int]:
 
 def _step(base: Base, spec: ModelSpec, local: LocalTraining, rank: int, name: str) -> dict[str, Any]:
     """One step to warm up, one to measure."""
-    ranks = dict.fromkeys(spec.modules, rank)
+    ranks = spec.at(rank)
     rng = stream(0, "profile", rank)
-    adapter = Adapter({n: fresh(shape, rank, 1.0, rng) for n, shape in spec.modules.items()}, base.initial_head())
+    adapter = Adapter({n: fresh(spec.modules[n], own, 1.0, rng) for n, own in ranks.items()}, base.initial_head())
     if not spec.head_trained:
         adapter, frozen = Adapter(adapter.layers), Adapter({}, adapter.dense)
     else:
@@ -142,13 +142,13 @@ def _fit(steps: list[dict[str, Any]], spec: ModelSpec, local: LocalTraining) -> 
         ratios = [step["measured"]["activations"] / step["predicted"]["activations"] for step in steps]
         excess = [step["measured"]["peak"] - step["predicted"]["peak"] for step in steps]
         return {"overhead": max(0.0, *excess), "scale": float(np.mean(ratios)), "constant": None, "per_rank": None}
-    modules = len(spec.modules)
+    sums = [sum(spec.at(step["rank"]).values()) for step in steps]
     beyond = [
         step["measured"]["peak"] - sum(step["measured"][k] for k in ("base", "adapter", "gradients", "optimizer"))
         for step in steps
     ]
-    slope, constant = np.polyfit([modules * step["rank"] for step in steps], beyond, 1)
-    line = [constant + slope * modules * step["rank"] for step in steps]
+    slope, constant = np.polyfit(sums, beyond, 1)
+    line = [constant + slope * total for total in sums]
     overhead = max(0.0, *(b - p for b, p in zip(beyond, line, strict=True)))
     return {
         "overhead": float(overhead),

@@ -21,7 +21,15 @@ from polyrank.core.types import Budget, Client, ClientProfile, Query, ServerStat
 from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
-from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
+from polyrank.experiment.planning import (
+    check_rank,
+    check_stated_ranks,
+    describe,
+    group_budgets,
+    notes_of,
+    profile_of,
+    server_rank,
+)
 from polyrank.experiment.shares import group_sizes, kept_for_importance
 from polyrank.experiment.tables import DATASETS
 from polyrank.local import lokr
@@ -51,12 +59,13 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     spec = describe(experiment, method)
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
+    check_rank(rank, spec, experiment)
     examples, notes = _examples(experiment)
     names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
     sizes, clients = _clients(experiment)
     phases, unscored = _phases(experiment, method, spec, rank, {c: budgets[g] for c, g in clients.items()}, scores)
-    notes += _boost(experiment, method) + unscored
+    notes += _boost(experiment, method) + unscored + notes_of(spec)
     firsts = [next((c for c, of in clients.items() if of == g), "") for g in range(len(names))]
     groups = [
         {
@@ -125,9 +134,12 @@ def _model(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
         "parameters": model.parameters,
         "adapted_modules": len(spec.modules),
         "blocks": len(model.blocks),
-        "tokens": model.tokens,
+        "tokens": model.tokens or None,
         "batch": experiment.local.batch,
         "attention": model.attention,
+        "backbone_parameters": model.backbone,
+        "adapted_share": spec.covered,
+        "beyond_adapters": dict(model.others),
         "head_parameters": sum(spec.head.values()),
         "head_trained": spec.head_trained,
     }
@@ -200,8 +212,8 @@ def _empty_state(experiment: Experiment, method: Method, spec: ModelSpec, rank: 
     else:
         scale = (experiment.model.alpha or rank) / rank
         layers = {
-            name: LowRank(torch.empty(rank, d_in, device="meta"), torch.empty(d_out, rank, device="meta"), scale)
-            for name, (d_out, d_in) in spec.modules.items()
+            name: LowRank(torch.empty(own, d_in, device="meta"), torch.empty(d_out, own, device="meta"), scale)
+            for (name, own), (d_out, d_in) in zip(spec.at(rank).items(), spec.modules.values(), strict=True)
         }
     if not spec.head_trained:
         return ServerState(0, Adapter(layers, factors), Adapter({}, {**head, **scales}))
@@ -269,17 +281,12 @@ def _curves(experiment: Experiment, spec: ModelSpec) -> dict[str, Any]:
     """
     local, modules = experiment.local_training(), len(spec.modules)
 
-    def at(rank: int) -> dict[str, int]:
-        return dict.fromkeys(spec.modules, rank)
-
     def link(size: Callable[[dict[str, int]], int]) -> list[list[float]]:
-        one = size(at(1))
-        more = size(at(2)) - one  # bytes grow by the same amount with every rank
-        return [[8.0 * (one + more * r), float((r + 1) * modules)] for r in range(min(spec.full_rank, _MOST_RANKS))]
+        return [[8.0 * size(spec.at(r)), float(r * modules)] for r in range(1, min(spec.full_rank, _MOST_RANKS) + 1)]
 
     ranks = sorted(set(np.linspace(1, spec.full_rank, 24).astype(int).tolist()))
     try:
-        by_memory = [[memory(spec, local, at(rank)).total, float(rank * modules)] for rank in ranks]
+        by_memory = [[memory(spec, local, spec.at(rank)).total, float(rank * modules)] for rank in ranks]
     except NoFormulaError:
         by_memory = []
     return {

@@ -84,7 +84,7 @@ def positions_for(spec: ModelSpec, experiment: Experiment, rank: int, device: to
         return 0
     one = replace(experiment.local_training(), batch=1)
     try:
-        example = memory(spec, one, dict.fromkeys(spec.modules, rank)).activations
+        example = memory(spec, one, spec.at(rank)).activations
     except NoFormulaError:
         return most
     assert spec.architecture is not None

@@ -14,7 +14,7 @@ from polyrank.data import CausalSplit, ImageSplit, Source, TextSplit, prepare_ca
 from polyrank.data.prompts import form_of
 from polyrank.data.source import Kind, Prompting
 from polyrank.experiment.config import Experiment, ModelConfig
-from polyrank.experiment.planning import BUILT_IN_MODELS, from_config
+from polyrank.experiment.planning import BUILT_IN_MODELS, from_config, kind_of
 from polyrank.local import hf, processors
 from polyrank.local.base import Base
 from polyrank.local.quantized import check_quantization
@@ -49,7 +49,7 @@ def load_random(experiment: Experiment, device: str) -> Base:
         return from_config(experiment, device)
     check_quantization(experiment.model.quantize, device)
     whole = from_config(experiment, "cpu")
-    kind: Kind = "causal" if whole.causal else "text" if hasattr(whole.model.config, "vocab_size") else "image"
+    kind: Kind = kind_of(experiment)
     with TemporaryDirectory() as folder:  # a model is quantised as it is read
         hf.save_model(whole.model, Path(folder))
         config = experiment.model.model_copy(update={"name": folder})

@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from polyrank.core.architecture import Calibration, ModelSpec
-from polyrank.core.costs import NoFormulaError
+from polyrank.core.costs import FAMILIES, NoFormulaError
 from polyrank.core.method import Method
 from polyrank.core.types import Budget, ClientProfile
-from polyrank.data import outline
+from polyrank.data import Outline, outline
+from polyrank.data.source import Kind
 from polyrank.experiment.components import Strict, parameters
 from polyrank.experiment.config import ConfigError, Experiment, Resources
 from polyrank.experiment.tables import DATASETS
@@ -19,6 +20,9 @@ from polyrank.local import hf
 from polyrank.local.base import Base
 from polyrank.local.digits_base import digits_config, digits_vit
 from polyrank.local.measure import device_memory
+
+_MOSTLY = 0.5  # of the backbone: more than this beyond the reach of adapters is said
+_NAMED = 3  # kinds of weights that a note names
 
 BUILT_IN_MODELS = {"digits-vit": (digits_config, digits_vit)}
 """Models that polyrank makes itself, by name: their config, and the folder of their weights."""
@@ -41,11 +45,21 @@ def describe(experiment: Experiment, method: Method) -> ModelSpec:
     return replace(spec, architecture=replace(spec.architecture, quantization=experiment.model.quantize))
 
 
+def outlined(experiment: Experiment) -> Outline:
+    """What is known of the experiment's data before it is read."""
+    options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
+    return outline(experiment.data.name, options)
+
+
+def kind_of(experiment: Experiment) -> Kind:
+    """What the experiment's data are: ``text``, ``image`` or ``causal``."""
+    return outlined(experiment).kind
+
+
 def from_config(experiment: Experiment, device: str) -> Base:
     """The experiment's model from its config alone, without weights on ``meta``, with random ones elsewhere."""
     config = experiment.model
-    options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
-    data = outline(experiment.data.name, options)
+    data = outlined(experiment)
     made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
     return hf.base_from_config(
         made() if made else hf.locate(str(config.config or config.name)),
@@ -84,6 +98,29 @@ def calibration(experiment: Experiment) -> Calibration:
     return found if overhead is None else replace(found, overhead=overhead)
 
 
+def notes_of(spec: ModelSpec) -> list[str]:
+    """What a user should know of the model before training: what no formula tells, and what no adapter reaches."""
+    model, notes = spec.architecture, []
+    if model is None:
+        return notes
+    if model.family not in FAMILIES:
+        measured = spec.calibration.constant is not None
+        notes.append(
+            f"{model.kind}: no formula for its activations, so "
+            + ("memory is as `polyrank profile` measured it, and training time is not predicted" if measured else
+               "memory and training time are not predicted; `polyrank profile` measures memory (costs.calibration)")
+        )  # fmt: skip
+    beyond, share = sum(model.others.values()), spec.covered
+    if share is not None and beyond > _MOSTLY * model.backbone:
+        kinds = list(model.others)
+        more = f" and {len(kinds) - _NAMED} more" if len(kinds) > _NAMED else ""
+        notes.append(
+            f"an adapter covers {share:.1%} of the backbone's parameters: {', '.join(kinds[:_NAMED])}{more} "
+            f"({beyond / model.backbone:.1%}) are no linear layers, and stay as they are"
+        )
+    return notes
+
+
 def profile_of(has: Resources, examples: int = 1) -> ClientProfile:
     """What a client with these resources reports."""
     memory = free_memory() if has.memory == "detect" else has.memory
@@ -105,6 +142,30 @@ def check_stated_ranks(experiment: Experiment) -> None:
     for index, group in enumerate(experiment.fleet):
         if rank is not None and group.rank is not None and group.rank > rank:
             raise ConfigError(f"fleet.{index}.rank: {group.rank} exceeds model.rank, {rank}")
+
+
+def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
+    """Refuses a server's rank that a module named by itself has no room for, and a stated one that no module has.
+
+    Modules that a group targets take what they have room for.
+
+    Raises:
+        ConfigError: naming the module.
+    """
+    stated = experiment.model.rank is not None
+    room = {name: min(shape) for name, shape in spec.modules.items()}
+    named = next((name for name in spec.modules if name in spec.exact and room[name] < rank), None)
+    widest = max(room, key=lambda name: room[name])
+    name = named or (widest if stated and room[widest] < rank else None)
+    if name is None or spec.lokr is not None:
+        return
+    d_out, d_in = spec.modules[name]
+    why = "which model.targets names" if named else "which has the most room of all"
+    key = "model.rank" if stated else "fleet"
+    raise ConfigError(
+        f"{key}: {rank} exceeds the smaller dimension of {name} ({d_out} x {d_in}), {why}; {room[name]} is the largest "
+        "rank there" + ("; a module that a group targets (attention, attention+mlp, all-linear) takes what it has room for" if named else "")
+    )
 
 
 def group_budgets(experiment: Experiment, method: Method, spec: ModelSpec) -> list[Budget]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from polyrank.core.compress import compress
 from polyrank.core.lowrank import Adapter, fresh, pad, rescale
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
@@ -22,12 +23,15 @@ def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -
         return _first_lokr(experiment, method, base)
     scale = (experiment.model.alpha or rank) / rank
     rng = stream(experiment.seed, "adapter")
-    layers = {name: fresh(shape, rank, scale, rng) for name, shape in base.spec.modules.items()}
+    shapes = base.spec.modules
+    layers = {name: fresh(shapes[name], own, scale, rng) for name, own in base.spec.at(rank).items()}
     head = base.initial_head()
     if experiment.model.adapter is not None:
         given, _ = read_adapter(experiment.model.adapter)
         _check_adapter(given, layers, head, experiment, rank)
-        layers |= {name: rescale(pad(x, rank, rng), scale) for name, x in given.layers.items()}
+        for name, x in given.layers.items():  # a rank above a module's room is more rows than its update has
+            room = layers[name].rank
+            layers[name] = rescale(pad(compress(x, room) if x.rank > room else x, room, rng), scale)
         head |= {name: tensor.float() for name, tensor in given.dense.items()}
     if experiment.model.head == "freeze":
         return ServerState(0, Adapter(layers), Adapter({}, head))
@@ -64,7 +68,7 @@ def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: E
             raise AdapterError(f"model.adapter: {folder}: layer {name} is none of the model's targets: another model?")
         if x.shape != layers[name].shape:
             raise AdapterError(f"model.adapter: {folder}: {name} is {x.shape}, the model's is {layers[name].shape}")
-        if x.rank > rank:
+        if min(x.rank, *x.shape) > rank:
             raise AdapterError(f"model.adapter: {folder}: {name} has rank {x.rank}, above model.rank, {rank}")
     for name, tensor in given.dense.items():
         if name not in head or head[name].shape != tensor.shape:

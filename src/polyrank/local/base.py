@@ -7,6 +7,7 @@ client's own ranks; trained dense parameters (the head) are passed to each call 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +19,15 @@ from torch.func import functional_call
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
+from polyrank.local import configs
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
+from polyrank.local.configs import ModelError
 from polyrank.local.describe import architecture, quantization_of
+from polyrank.local.images import Images, images_of
+from polyrank.local.structure import backbone_of as backbone_of
+from polyrank.local.structure import classifier_of, structure
+from polyrank.local.structure import transposed as transposed
 from polyrank.local.targets import resolve_targets
 
 
@@ -36,6 +43,9 @@ class Base:
         info: what an exported adapter's config says of the model.
         device: where it runs.
         weights: elements of the backbone's linear layers.
+        blocks: full names of its transformer blocks.
+        images: how it takes images, where it does.
+        accepted: names of the inputs that it can be called with; None: any.
     """
 
     def __init__(
@@ -47,7 +57,24 @@ class Base:
         device: str = "cpu",
         new: Sequence[str] = (),
         tokens: int = 0,
+        kind: str | None = None,
+        image_size: int | None = None,
     ) -> None:
+        """Finds out what the model is built of and which modules carry adapters; nothing of it is trained any more.
+
+        Args:
+            model: as Transformers loads it.
+            targets: see `polyrank.local.targets`.
+            name: of the model.
+            device: where it is to run.
+            new: parameters that its checkpoint lacked.
+            tokens: positions per text; an image's are asked of the model.
+            kind: ``text``, ``image`` or ``causal``: what the data are; None: what the model's class says.
+            image_size: pixels per side; None: as the config says.
+
+        Raises:
+            InputError: if a target matches nothing, or the model takes no images of that size.
+        """
         self.model = model.eval().requires_grad_(False)
         if quantization_of(model) is None:  # quantised layers are where they were loaded to
             self.model.to(device)
@@ -59,28 +86,28 @@ class Base:
         # What a causal model predicts tokens with is pretrained, as large as the vocabulary, and often the embedding.
         self.causal = hasattr(model, "generate") and model.can_generate()
         self.output: nn.Module | None = model.get_output_embeddings() if self.causal else None  # type: ignore[assignment]
-        outside = (n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new)
+        scoring = classifier_of(model)
+        outside = (n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new or n.rpartition(".")[0] in scoring)
         self.head = () if self.causal else tuple(outside)
-        linear = [n for n, m in self.modules.items() if _is_linear(m)]
-        linear = [n for n in linear if n.startswith(backbone) and f"{n}.weight" not in self.head]
-        self.blocks = blocks = _blocks(model)
-        chosen = resolve_targets(targets, linear, blocks)
-        inside = {n: index for index, block in enumerate(blocks) for n in chosen if n.startswith(f"{block}.")}
-        shapes = {n: _shape(self.modules[n]) for n in linear}
+        images = kind == "image" or (kind is None and getattr(model, "main_input_name", "") == "pixel_values")
+        self.images: Images | None = images_of(model, image_size) if images else None
+        found = structure(model, frozenset(self.head))
+        self.blocks = found.blocks
+        chosen, exact = resolve_targets(targets, found)
         named = dict(model.named_parameters())
         self.spec = ModelSpec(
-            {n: shapes[n] for n in chosen},
-            inside,
+            {n: found.linears[n] for n in chosen},
+            {n: index for index, block in enumerate(found.blocks) for n in chosen if n.startswith(f"{block}.")},
             head={n: named[n].numel() for n in self.head},
-            architecture=architecture(model, shapes, blocks, tokens, causal=self.causal),
+            architecture=architecture(model, found, self.images.tokens if self.images else tokens, causal=self.causal),
+            exact=exact,
         )
         conv = any(transposed(self.modules[n]) for n in chosen)
         task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM" if self.causal else None
         saved = (n.rsplit(".", 1)[0] if n.startswith(backbone) else n.split(".", 1)[0] for n in self.head)
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
-        self.weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-        self.image_size: int | None = None
-        self.extra: dict[str, Any] = {}
+        self.weights = sum(d_out * d_in for d_out, d_in in found.linears.values())
+        self.accepted = _accepted(model)
 
     def fingerprint(self) -> str:
         """A SHA-256 of the frozen weights' names, shapes, types and first and last values: the same base, or another.
@@ -94,22 +121,23 @@ class Base:
                 found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{ends.tolist()}".encode())
         return found.hexdigest()
 
-    def interpolates(self, image_size: int | None) -> None:
-        """Has position embeddings interpolated where images are not of the model's own size."""
-        self.image_size = image_size or getattr(self.model.config, "image_size", None)
-        if self.image_size != getattr(self.model.config, "image_size", None):
-            self.extra["interpolate_pos_encoding"] = True
-
     def random_batch(self, size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Inputs of full length and random content; every other text is one position short, so that a mask is due."""
-        config, tokens = self.model.config, self.spec.architecture.tokens if self.spec.architecture else 0
-        if not hasattr(config, "vocab_size"):
-            shape = (size, config.num_channels, self.image_size, self.image_size)
+        """Inputs of full length and random content; every other text is one position short, so that a mask is due.
+
+        Raises:
+            ModelError: for images of a size that nobody has stated.
+        """
+        if self.images is not None:
+            side = self.images.size
+            if side is None:
+                raise ModelError(f"model.image_size: {self.info.base!r} does not state an image size; give one")
+            shape = (size, self.images.channels, side, side)
             return {"pixel_values": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
-        ids = torch.from_numpy(rng.integers(1, config.vocab_size, (size, tokens)))
+        config, tokens = self.model.config, self.spec.architecture.tokens if self.spec.architecture else 0
+        ids = torch.from_numpy(rng.integers(1, configs.vocabulary(config), (size, tokens)))
         mask = torch.ones_like(ids)
         mask[1::2, -1] = 0
-        return {"input_ids": ids * mask + (1 - mask) * (config.pad_token_id or 0), "attention_mask": mask}
+        return {"input_ids": ids * mask + (1 - mask) * configs.padding(config), "attention_mask": mask}
 
     def initial_head(self) -> dict[str, Tensor]:
         """The head as it was loaded or initialised."""
@@ -167,8 +195,11 @@ class Base:
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with: the batch without its labels, on the model's device."""
-        tensors = {name: tensor.to(self.device) for name, tensor in batch.items() if name != "labels"}
-        return {**tensors, **self.extra}
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if self.accepted is not None:
+            given = {name: tensor for name, tensor in given.items() if name in self.accepted}
+        extra = self.images.extra if self.images is not None else {}
+        return {**{name: tensor.to(self.device) for name, tensor in given.items()}, **extra}
 
     def logits(self, batch: Batch, dense: Mapping[str, Tensor]) -> Tensor:
         """The model's logits for a batch, with `dense` instead of parameters of its own."""
@@ -178,31 +209,8 @@ class Base:
         return functional_call(self.model, dict(dense), (), call, tie_weights=False).logits
 
 
-def backbone_of(model: nn.Module) -> str:
-    """The prefix of the backbone's names (``bert.``), or nothing where the model is its own backbone."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the transformer blocks: the members of every list of modules that hold linear layers."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    members = {f"{name}.{index}": member for name, module in lists for index, member in enumerate(module)}
-    return [name for name, m in members.items() if any(_is_linear(x) for x in m.modules())]
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if transposed(module):
-        d_in, d_out = module.weight.shape
-    else:
-        d_out, d_in = module.out_features, module.in_features
-    return int(d_out), int(d_in)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or transposed(module)
-
-
-def transposed(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, which keeps its weight as (d_in, d_out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _accepted(model: nn.Module) -> frozenset[str] | None:
+    """The inputs that a model can be called with; None: any. FNet, which has no attention, takes no attention mask."""
+    parameters = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return None if anything else frozenset(parameters)

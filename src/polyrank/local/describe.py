@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from polyrank.core.architecture import Architecture, Quantization
 from polyrank.core.costs import ACTIVATIONS
+from polyrank.local.configs import vocabulary
+from polyrank.local.structure import Structure
 
 # Transformers' model types whose blocks run as one of the families of `polyrank.core.costs`, with the number of linear
 # layers that such a block has.
@@ -28,32 +29,25 @@ _FAMILIES = {
 }
 
 
-def architecture(
-    model: nn.Module,
-    linears: Mapping[str, tuple[int, int]],
-    blocks: Sequence[str],
-    tokens: int,
-    *,
-    causal: bool = False,
-) -> Architecture:
+def architecture(model: nn.Module, found: Structure, tokens: int, *, causal: bool = False) -> Architecture:
     """The model as the cost model sees it.
 
     Args:
         model: a Transformers model.
-        linears: every linear layer of its backbone, as (d_out, d_in), in order.
-        blocks: names of its transformer blocks.
+        found: what it is built of.
         tokens: positions per example.
         causal: whether it predicts the next token at every position.
     """
     config: Any = model.config
-    inside = tuple(tuple(name for name in linears if name.startswith(f"{block}.")) for block in blocks)
+    linears = found.linears
+    inside = tuple(tuple(name for name in linears if name.startswith(f"{block}.")) for block in found.blocks)
     family, per_block = _FAMILIES.get(config.model_type, ("", 0))
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     activation = "bloom_gelu" if config.model_type == "bloom" else str(activation)
-    plain = all(len(names) == per_block for names in inside) and activation in ACTIVATIONS
+    hidden, heads = (_number(config, name) for name in ("hidden_size", "num_attention_heads"))
+    plain = all(len(names) == per_block for names in inside) and activation in ACTIVATIONS and hidden and heads
     if not plain or not tokens or not _usual(config):
         family = ""  # a variant with other layers, such as cross-attention, or inputs of unknown length
-    heads = config.num_attention_heads
     parameters = list(model.parameters())
     quantization = quantization_of(model)
     packed = sum(d_out * d_in // 2 for d_out, d_in in linears.values()) if quantization == "4bit" else 0
@@ -62,19 +56,28 @@ def architecture(
         linears=dict(linears),
         blocks=inside,
         after=tuple(name for name in linears if not any(name in names for names in inside)),
-        hidden=config.hidden_size,
+        hidden=hidden,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=_number(config, "num_key_value_heads") or heads,
         activation=activation,
         attention="eager" if config._attn_implementation == "eager" else "sdpa",
         tokens=tokens,
-        classes=config.vocab_size if causal else config.num_labels,
+        classes=vocabulary(config) if causal else config.num_labels,
         causal=causal,
         weights=max((p.element_size() for p in parameters if p.is_floating_point()), default=4),
         parameters=sum(p.numel() for p in parameters) + packed,  # two elements a byte
         quantization=quantization,
         rotated=(getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0),
+        kind=config.model_type,
+        backbone=found.elements,
+        others=found.others,
     )
+
+
+def _number(config: Any, name: str) -> int:
+    """A size that is one whole number for all blocks; 0 where it is not stated, or another for each stage."""
+    stated = getattr(config, name, None)
+    return stated if isinstance(stated, int) else 0
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:

@@ -15,23 +15,13 @@ import transformers
 from torch import Tensor, nn
 
 from polyrank.core.architecture import Quantization
-from polyrank.errors import InputError
+from polyrank.local import configs
 from polyrank.local.adapters import read_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base, backbone_of
+from polyrank.local.configs import AUTO, WHAT
+from polyrank.local.configs import ModelError as ModelError
 from polyrank.local.quantized import check_quantization, loading, settled
-
-_AUTO = {
-    "text": "AutoModelForSequenceClassification",
-    "image": "AutoModelForImageClassification",
-    "causal": "AutoModelForCausalLM",
-}
-_WHAT = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
-
-
-class ModelError(InputError):
-    """A model cannot be found, loaded, or used for the task."""
-
 
 def locate(name: str) -> str:
     """A model's name as Transformers takes it.
@@ -92,6 +82,7 @@ def load_base(
         InputError: if it cannot be quantised here.
     """
     _check_dtype(getattr(torch, dtype, None), device)
+    configs.config_of(name, kind)
     smaller = {} if quantize is None else _quantized(name, targets, kind, len(classes), device, dtype, quantize)
     labels = dict(enumerate(classes))
     head = {
@@ -103,16 +94,17 @@ def load_base(
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         try:
-            model, report = getattr(transformers, _AUTO[kind]).from_pretrained(
+            model, report = getattr(transformers, AUTO[kind]).from_pretrained(
                 name,
                 **({} if kind == "causal" else head),
                 output_loading_info=True,
+                trust_remote_code=False,
                 dtype=_dtype(dtype),
                 **_attention(attention),
                 **smaller,
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model.name: {name!r} cannot be loaded as a {_WHAT[kind]}: {error}") from None
+            raise ModelError(f"model.name: {name!r} cannot be loaded as a {WHAT[kind]}: {error}") from None
     if kind == "causal" and report["missing_keys"]:
         raise ModelError(f"model.name: {name!r} lacks {sorted(report['missing_keys'])[0]}: not a causal language model")
     prefix = backbone_of(model)
@@ -123,12 +115,9 @@ def load_base(
     new = [key for key in report["missing_keys"] if key.startswith(prefix)]
     if new and quantize is not None:
         raise ModelError(f"model.quantize: {quantize}: {name!r} lacks {min(new)}, and what is new is not quantised")
-    if kind == "image":
-        tokens = image_tokens(model.config, image_size)
-    model = _with_padding(model) if kind == "text" else model
-    base = Base(settled(model), targets, name=name, device=device, new=report["missing_keys"], tokens=tokens)
-    base.interpolates(image_size)
-    return base
+    model = settled(_with_padding(model) if kind == "text" else model)
+    made = {"name": name, "device": device, "new": report["missing_keys"], "tokens": tokens}
+    return Base(model, targets, **made, kind=kind, image_size=image_size)
 
 
 def base_from_config(
@@ -148,7 +137,7 @@ def base_from_config(
     Args:
         name: hub name or folder, as `locate` returns it; a folder needs no more than a config.json. Or a config.
         targets: see `polyrank.local.targets`.
-        kind: ``text`` or ``image``.
+        kind: ``text``, ``image`` or ``causal``.
         classes: outputs of the head; None: as the config says.
         tokens: positions per text; an image's follow from its size.
         device: where to put the model.
@@ -159,23 +148,22 @@ def base_from_config(
     """
     with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        shown = repr(name) if isinstance(name, str) else name.model_type
+        config = configs.config_of(name, kind) if isinstance(name, str) else name
+        configs.check_kind(config, kind, shown)
+        if classes is not None and kind != "causal":
+            config.num_labels = classes
+        config.architectures = config.architectures or []
         try:
-            config = transformers.AutoConfig.from_pretrained(name) if isinstance(name, str) else name
-            if classes is not None and kind != "causal":
-                config.num_labels = classes
-            config.architectures = config.architectures or []
             with torch.device(device):
-                model = getattr(transformers, _AUTO[kind]).from_config(
+                model = getattr(transformers, AUTO[kind]).from_config(
                     config, dtype=_dtype(dtype, config), **_attention(attention)
                 )
-        except (OSError, ValueError, KeyError) as error:
-            shown = repr(name) if isinstance(name, str) else name.model_type
-            raise ModelError(f"model.name: {shown} cannot be loaded as a {_WHAT[kind]}: {error}") from None
-    if kind == "image":
-        tokens = image_tokens(config, image_size)
-    base = Base(_with_padding(model), targets, name=str(name), device=device, tokens=tokens)
-    base.interpolates(image_size)
-    return base
+        except Exception as error:  # a config's values are the user's, and fail in any way in the library's hands
+            reason = configs.first_line(error)
+            raise ModelError(f"model.name: {shown} cannot be made from its config: {reason}") from None
+    model = model if kind == "image" else _with_padding(model)
+    return Base(model, targets, name=str(name), device=device, tokens=tokens, kind=kind, image_size=image_size)
 
 
 def _with_padding(model: nn.Module) -> nn.Module:
@@ -189,14 +177,6 @@ def padded(config: Any) -> Any:
     if hasattr(config, "vocab_size") and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = getattr(config, "eos_token_id", None) or 0
     return config
-
-
-def image_tokens(config: Any, image_size: int | None) -> int:
-    """Positions per image: its patches and the tokens in front of them; 0 where the config does not say."""
-    size, patch = image_size or getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(size, int) or not isinstance(patch, int):
-        return 0
-    return (size // patch) ** 2 + (2 if config.model_type == "deit" else 1)
 
 
 def _quantized(

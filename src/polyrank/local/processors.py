@@ -10,6 +10,7 @@ import transformers
 
 from polyrank.data.prompts import CHAT, form_of, prompt_of
 from polyrank.data.source import Prompting, Turn
+from polyrank.local import configs
 from polyrank.local.hf import ModelError, quiet
 
 
@@ -127,8 +128,8 @@ def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:
             stated, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         except OSError:
             stated = {}
-    channels = int(getattr(config, "num_channels", 3))
-    size = image_size or getattr(config, "image_size", None)
+    channels = configs.channels(config)
+    size = image_size or configs.image_size(config)
     if size is None:
         raise ModelError(f"model.image_size: {name!r} does not state an image size; give one")
     mean, std = stated.get("image_mean") or [0.5] * channels, stated.get("image_std") or [0.5] * channels

@@ -13,7 +13,8 @@ from torch import nn
 
 from polyrank.files import write_json
 from polyrank.local.base import Base
-from polyrank.local.hf import ModelError, image_tokens, padded, quiet
+from polyrank.local.hf import ModelError, padded, quiet
+from polyrank.local.images import Images
 from polyrank.local.processors import ImageProcessor, image_processor
 
 _SHARD = "2GB"
@@ -30,8 +31,8 @@ def save_merged(base: Base, folder: Path) -> None:
     """
     model: Any = base.model
     config = model.config
-    if base.extra:
-        _resize(base)
+    if base.images is not None and base.images.extra:
+        _resize(base, base.images)
     with quiet():
         usual = transformers.AutoConfig.from_pretrained(str(base.info.base))
         if hasattr(usual, "use_cache"):
@@ -39,9 +40,9 @@ def save_merged(base: Base, folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size=_SHARD)
 
 
-def _resize(base: Base) -> None:
+def _resize(base: Base, images: Images) -> None:
     """Gives the model the position embeddings of the size that its images have."""
-    size = base.image_size
+    size = images.size
     config: Any = base.model.config
     having = (m for m in base.modules.values() if hasattr(m, "interpolate_pos_encoding"))
     found = [m for m in having if isinstance(getattr(m, "position_embeddings", None), nn.Parameter)]
@@ -50,7 +51,7 @@ def _resize(base: Base) -> None:
         raise ModelError(f"model.image_size: {size}: {own}; export the adapter without --merge")
     before = found[0].position_embeddings
     with torch.no_grad():
-        tokens = before.new_empty(1, image_tokens(config, size), before.shape[-1])
+        tokens = before.new_empty(1, images.tokens, before.shape[-1])
         after = found[0].interpolate_pos_encoding(tokens, size, size)
     found[0].position_embeddings = nn.Parameter(after.contiguous())
     config.image_size = size

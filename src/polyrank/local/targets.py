@@ -7,6 +7,9 @@ module's dotted name as PEFT does, or a group:
     attention+mlp   every linear layer of a transformer block
     all-linear      every linear layer of the backbone
 
+A module that a group targets takes the rank that it has room for: min(r, d_in, d_out). One that is named by itself is
+refused where it has no room for r.
+
 Names of the same projection in other model families or library versions work too (``query`` is ``q_proj``).
 """
 
@@ -17,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 
 from polyrank.errors import InputError
+from polyrank.local.structure import Structure
 
 GROUPS = ("attention", "attention+mlp", "all-linear")
 _SYNONYMS = (
@@ -27,37 +31,41 @@ _SYNONYMS = (
     ("intermediate.dense", "fc1", "lin1", "up_proj"),
     ("output.dense", "fc2", "lin2", "down_proj"),
 )
-_ATTENTION = ("attention", "attn")
+_LISTED = 12  # kinds of layers that a message names
 
 
 class TargetError(InputError):
     """Targets that match no module of the model."""
 
 
-def resolve_targets(targets: str | Sequence[str], linear: Sequence[str], blocks: Sequence[str]) -> list[str]:
-    """The full names of the targeted modules, in the order of the model.
+def resolve_targets(targets: str | Sequence[str], model: Structure) -> tuple[list[str], frozenset[str]]:
+    """The full names of the targeted modules, in the order of the model, and those that were not targeted as a group.
 
     Args:
         targets: a group, a module name, or a list of module names.
-        linear: full names of the backbone's linear layers, in order.
-        blocks: full names of the transformer blocks.
+        model: what it is built of.
 
     Raises:
         TargetError: if a target matches nothing; the message lists what would match.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not model.linears:
+        raise TargetError(_no_linear(model))
     chosen: set[str] = set()
+    named: set[str] = set()
     for target in wanted:
-        found = _match(target, linear, blocks)
-        if not found:
-            raise TargetError(_nothing(target, linear))
-        chosen.update(found)
-    return [name for name in linear if name in chosen]
+        matching = _match(target, model)
+        if not matching:
+            raise TargetError(_nothing(target, model))
+        chosen.update(matching)
+        named.update(matching if target not in GROUPS else ())
+    return [name for name in model.linears if name in chosen], frozenset(named)
 
 
-def _match(target: str, linear: Sequence[str], blocks: Sequence[str]) -> list[str]:
+def _match(target: str, model: Structure) -> list[str]:
+    linear = list(model.linears)
     if target in GROUPS:
-        return [name for name in linear if _IN_GROUP[target](name, blocks)]
+        return [name for name in linear if _IN_GROUP[target](name, model)]
     alike = next((names for names in _SYNONYMS if target in names), ())
     for name in (target, *alike):
         found = [full for full in linear if full == name or full.endswith(f".{name}")]
@@ -68,29 +76,31 @@ def _match(target: str, linear: Sequence[str], blocks: Sequence[str]) -> list[st
     return []
 
 
-def _inside(name: str, blocks: Sequence[str]) -> str | None:
-    """The name within its transformer block, or None outside all blocks."""
-    for block in blocks:
-        if name.startswith(f"{block}."):
-            return name[len(block) + 1 :]
-    return None
-
-
-def _in_attention(name: str, blocks: Sequence[str]) -> bool:
-    inner = _inside(name, blocks)
-    return inner is not None and any(word in inner.lower() for word in _ATTENTION)
-
-
-_IN_GROUP: Mapping[str, Callable[[str, Sequence[str]], bool]] = {
-    "attention": _in_attention,
-    "attention+mlp": lambda name, blocks: _inside(name, blocks) is not None,
-    "all-linear": lambda name, blocks: True,
+_IN_GROUP: Mapping[str, Callable[[str, Structure], bool]] = {
+    "attention": lambda name, model: name in model.attention,
+    "attention+mlp": lambda name, model: any(name.startswith(f"{block}.") for block in model.blocks),
+    "all-linear": lambda name, model: True,
 }
 
 
-def _nothing(target: str, linear: Sequence[str]) -> str:
-    leaves = Counter(name.rsplit(".", 1)[-1] for name in linear)
-    listed = ", ".join(f"{leaf} ({count})" for leaf, count in leaves.items())
-    close = get_close_matches(target, [*leaves, *GROUPS], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"model.targets: {target!r} matches no linear layer.{hint} Would match: {listed}; or {', '.join(GROUPS)}."
+def _nothing(target: str, model: Structure) -> str:
+    leaves = Counter(name.rsplit(".", 1)[-1] for name in model.linears)
+    listed = ", ".join(f"{leaf} ({count})" for leaf, count in list(leaves.items())[:_LISTED])
+    more = f" and {len(leaves) - _LISTED} more" if len(leaves) > _LISTED else ""
+    groups = ", ".join(group for group in GROUPS if _match(group, model))
+    if target in GROUPS:
+        what = "no linear layer in its attention" if target == "attention" else "no transformer block"
+        why = f" The model has {what}; all-linear targets the {len(model.linears)} linear layers that it has."
+    else:
+        close = [word for word in get_close_matches(target, [*leaves, *GROUPS], n=1) if word != target]
+        why = f" Did you mean {close[0]!r}?" if close else ""
+    return f"model.targets: {target!r} matches no linear layer.{why} Would match: {listed}{more}; or {groups}."
+
+
+def _no_linear(model: Structure) -> str:
+    kinds = ", ".join(list(model.others)[:3])
+    made = f": its weights are {kinds}" if kinds else ""
+    return (
+        f"model.name: the model has no linear layer outside its classifier{made}. Adapters update linear layers, and "
+        "neither convolutions nor other kinds; take a model with linear layers, such as a vision transformer"
+    )

@@ -1,7 +1,7 @@
 """What can each client afford? Estimators turn profiles into rank budgets, and say which limit binds.
 
-A budget is the sum of ranks over the adapted modules, so rank r on all of m modules is a budget of r * m. All
-estimators but `fixed` look for the largest rank per module that fits:
+A budget is the sum of ranks over the adapted modules, so rank r on all of m modules is a budget of r * m. A module with
+less room than r takes what it has, and counts as r. All estimators but `fixed` look for the largest rank that fits:
 
     memory      base + adapter + gradients + optimizer + activations + overhead <= what the device has
     upload      bytes of the update <= uplink * seconds / 8
@@ -221,7 +221,7 @@ def _needs(spec: ModelSpec, local: LocalTraining, factors: Factors) -> Callable[
 
     @cache
     def needs(rank: int) -> float:
-        return memory(spec, local, dict.fromkeys(spec.modules, rank), factors).total
+        return memory(spec, local, spec.at(rank), factors).total
 
     return needs
 
@@ -246,7 +246,7 @@ def _links(
         if speed is None or seconds is None:
             return None
         limit = _limit(
-            name, "bit/s", speed, spec.full_rank, lambda rank: 8 * size(dict.fromkeys(spec.modules, rank)) / seconds
+            name, "bit/s", speed, spec.full_rank, lambda rank: 8 * size(spec.at(rank)) / seconds
         )
         if limit.rank or limit.more is None:
             return limit

@@ -17,11 +17,12 @@ def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
     model, groups = planned["model"], planned["groups"]
     yield (
         f"{model['name']}: {model['parameters']:,} parameters, {model['adapted_modules']} adapted modules in "
-        f"{model['blocks']} blocks"
+        f"{model['blocks']} blocks{_share(model)}"
     )
+    positions = f" of {model['tokens']} positions" if model["tokens"] else ""
     yield (
-        f"method {planned['method']}, server rank {planned['server_rank']}; batch {model['batch']} of "
-        f"{model['tokens']} positions, {model['attention']} attention"
+        f"method {planned['method']}, server rank {planned['server_rank']}; batch {model['batch']}{positions}, "
+        f"{model['attention']} attention"
     )
     yield ""
     yield _budgets(groups, planned["server_rank"])
@@ -42,6 +43,11 @@ def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
     for note in planned["notes"]:
         yield f"note: {note}"
     yield f"planned in {planned['seconds']:.2f} s"
+
+
+def _share(model: Mapping[str, Any]) -> str:
+    """How much of the backbone gets an adapter."""
+    return "" if model["adapted_share"] is None else f", {model['adapted_share']:.1%} of the backbone's parameters"
 
 
 def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:

@@ -49,13 +49,14 @@ def epsilons(spent: Mapping[str, float | None]) -> dict[str, str]:
 
 
 def headline(session: Session) -> str:
-    """What is about to run, and where."""
+    """What is about to run, and where, and what is to be known of its model."""
     e, clients = session.experiment, session.world.clients.profiles()
     modules = len(session.world.base.spec.modules)
-    return (
+    opening = (
         f"{e.method.name} on {e.data.name}: {len(clients)} clients, {modules} adapted modules, "
         f"rounds {session.state.round + 1}-{e.rounds}; run in {session.run.folder}"
     )
+    return "\n".join([opening, *(f"note: {note}" for note in session.world.notes)])
 
 
 def outcome(summary: Mapping[str, Any], adapter: Path) -> str:

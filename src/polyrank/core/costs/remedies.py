@@ -18,7 +18,7 @@ def remedies(spec: ModelSpec, local: LocalTraining, factors: Factors, room: floa
 
     Where no single change is enough, the two strongest together; where they are not either, what is missing.
     """
-    ranks = dict.fromkeys(spec.modules, 1)
+    ranks = spec.at(1)
 
     def fits(spec: ModelSpec, local: LocalTraining) -> bool:
         return memory(spec, local, ranks, factors).total <= room

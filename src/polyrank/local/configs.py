@@ -1,0 +1,133 @@
+"""A model's config: read, told what kind of model it is of, and asked for sizes, wherever it keeps them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from polyrank.errors import InputError
+
+AUTO = {
+    "text": "AutoModelForSequenceClassification",
+    "image": "AutoModelForImageClassification",
+    "causal": "AutoModelForCausalLM",
+}
+WHAT = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
+
+
+class ModelError(InputError):
+    """A model cannot be found, loaded, or used for the task."""
+
+
+def config_of(name: str, kind: str) -> Any:
+    """The config of a model that can be loaded as this kind. No code of the model's own is run.
+
+    Args:
+        name: hub name or folder.
+        kind: ``text``, ``image`` or ``causal``.
+
+    Raises:
+        ModelError: if there is none, Transformers does not know its model type, or has no model of this kind for it.
+    """
+    opening = f"model.name: {name!r} cannot be loaded as a {WHAT[kind]}"
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # what a config.json holds is the user's, and fails in any way in the library's hands
+        raise ModelError(f"{opening}: {_unknown(name) or first_line(error)}") from None
+    check_kind(config, kind, repr(name))
+    return config
+
+
+def check_kind(config: Any, kind: str, shown: str) -> None:
+    """Refuses a model that Transformers does not have as this kind, with the kinds that it has.
+
+    Args:
+        config: the model's.
+        kind: ``text``, ``image`` or ``causal``.
+        shown: the model's name, for the message.
+
+    Raises:
+        ModelError: naming the model's type and class.
+    """
+    has = [WHAT[other] for other, auto in AUTO.items() if type(config) in getattr(transformers, auto)._model_mapping]
+    if WHAT[kind] in has:
+        return
+    known = f"Transformers has it as {' and '.join(map(_a, has))}" if has else "it is none of what polyrank trains"
+    raise ModelError(
+        f"model.name: {shown} is a {config.model_type} model ({type(config).__name__}) and cannot be loaded as "
+        f"{_a(WHAT[kind])}, which the data ask for: {known} (text classifiers, image classifiers, causal language "
+        "models)"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the library says, without the lists that may follow."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0][:300] if lines else "").removesuffix(".") or type(error).__name__
+
+
+def senses(config: Any) -> list[Any]:
+    """The config, and after it that of its images where the model has one: where sizes of images may stand."""
+    return [config, *(part for part in [getattr(config, "vision_config", None)] if part is not None)]
+
+
+def channels(config: Any) -> int:
+    """Channels of the model's images."""
+    return next((int(n) for c in senses(config) if isinstance(n := getattr(c, "num_channels", None), int)), 3)
+
+
+def image_size(config: Any) -> int | None:
+    """Pixels per side of the model's images; None where its config does not say.
+
+    Raises:
+        ModelError: if they are not square.
+    """
+    for part in senses(config):
+        size = getattr(part, "image_size", None)
+        if isinstance(size, list | tuple) and size:
+            if len(set(size)) > 1:
+                shown = " x ".join(map(str, size))
+                raise ModelError(
+                    f"model.image_size: {config.model_type} takes images of {shown}, and polyrank makes square ones; "
+                    "name a model of square images"
+                )
+            size = size[0]
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def vocabulary(config: Any) -> int:
+    """How many tokens a model of texts knows."""
+    text = config.get_text_config()
+    return int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 256)
+
+
+def padding(config: Any) -> int:
+    """The token that pads a model's texts, as its config has it; the first one where it has none."""
+    stated = getattr(config, "pad_token_id", None)
+    return int(stated if stated is not None else getattr(config.get_text_config(), "pad_token_id", None) or 0)
+
+
+def _a(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
+
+
+def _unknown(name: str) -> str | None:
+    """Why the library could not read a folder's config.json, if that is a model that it does not know."""
+    try:
+        stated = json.loads((Path(name) / "config.json").read_text())
+        kind, code = stated.get("model_type"), stated.get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return None
+    version = f"Transformers {transformers.__version__}"
+    if code:
+        return f"it needs Python code from its own folder (auto_map), which polyrank never runs; {version} does not know it"
+    if kind is None:
+        return "its config.json has no model_type"
+    if kind not in transformers.CONFIG_MAPPING:
+        return f"{version} does not know its model_type, {kind!r}; a newer version may (pip install -U transformers)"
+    return None
