@@ -164,7 +164,12 @@ def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
     key = "model.rank" if stated else "fleet"
     raise ConfigError(
         f"{key}: {rank} exceeds the smaller dimension of {name} ({d_out} x {d_in}), {why}; {room[name]} is the largest "
-        "rank there" + ("; a module that a group targets (attention, attention+mlp, all-linear) takes what it has room for" if named else "")
+        "rank there"
+        + (
+            "; a module that a group targets (attention, attention+mlp, all-linear) takes what it has room for"
+            if named
+            else ""
+        )
     )
 
 

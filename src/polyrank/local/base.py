@@ -87,7 +87,11 @@ class Base:
         self.causal = hasattr(model, "generate") and model.can_generate()
         self.output: nn.Module | None = model.get_output_embeddings() if self.causal else None  # type: ignore[assignment]
         scoring = classifier_of(model)
-        outside = (n for n, _ in model.named_parameters() if not n.startswith(backbone) or n in new or n.rpartition(".")[0] in scoring)
+        outside = (
+            n
+            for n, _ in model.named_parameters()
+            if not n.startswith(backbone) or n in new or n.rpartition(".")[0] in scoring
+        )
         self.head = () if self.causal else tuple(outside)
         images = kind == "image" or (kind is None and getattr(model, "main_input_name", "") == "pixel_values")
         self.images: Images | None = images_of(model, image_size) if images else None

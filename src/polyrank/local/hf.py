@@ -23,6 +23,7 @@ from polyrank.local.configs import AUTO, WHAT
 from polyrank.local.configs import ModelError as ModelError
 from polyrank.local.quantized import check_quantization, loading, settled
 
+
 def locate(name: str) -> str:
     """A model's name as Transformers takes it.
 

@@ -64,7 +64,12 @@ def structure(model: nn.Module, head: frozenset[str] = frozenset()) -> Structure
     elements = sum(d_out * d_in for d_out, d_in in linears.values())
     for name, tensor in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if not name.startswith(backbone) or name in head or _within(owner, skipped) or (owner in linears and leaf == "weight"):
+        if (
+            not name.startswith(backbone)
+            or name in head
+            or _within(owner, skipped)
+            or (owner in linears and leaf == "weight")
+        ):
             continue
         elements += tensor.numel()
         if tensor.ndim > 1 and not isinstance(modules[owner], nn.Embedding):
@@ -190,8 +195,12 @@ def _idle(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     if inputs.get("") != "input_ids":
         return []
     parts = getattr(model.config, "sub_configs", {}).items()
-    strange = tuple(kind for key, kind in parts if any(sense in key for sense in ("vision", "image", "audio", "speech")))
-    towers = [n for n, x in inputs.items() if n and (x in _SENSES or type(getattr(modules[n], "config", None)) in strange)]
+    strange = tuple(
+        kind for key, kind in parts if any(sense in key for sense in ("vision", "image", "audio", "speech"))
+    )
+    towers = [
+        n for n, x in inputs.items() if n and (x in _SENSES or type(getattr(modules[n], "config", None)) in strange)
+    ]
     idle: dict[str, None] = {}
     for name in towers:
         parent = name.rpartition(".")[0]
