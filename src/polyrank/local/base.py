@@ -21,6 +21,7 @@ from polyrank.core.lowrank import Adapter, Factors
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
 from polyrank.local.describe import architecture, quantization_of
+from polyrank.local.layout import Layout
 from polyrank.local.targets import resolve_targets
 
 
@@ -36,6 +37,7 @@ class Base:
         info: what an exported adapter's config says of the model.
         device: where it runs.
         weights: elements of the backbone's linear layers.
+        layouts: of the modules whose inputs are not batch-first, as `polyrank.local.probe` has seen them.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Base:
         self.weights = sum(d_out * d_in for d_out, d_in in shapes.values())
         self.image_size: int | None = None
         self.extra: dict[str, Any] = {}
+        self.layouts: dict[str, Layout] = {}
+        self.answers: dict[bool, Any] = {}
 
     def fingerprint(self) -> str:
         """A SHA-256 of the frozen weights' names, shapes, types and first and last values: the same base, or another.
@@ -138,7 +142,7 @@ class Base:
             checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
             copies: a copy of the factors for each of so many examples, for gradients of each; None: one for all.
         """
-        live = attachment(self.logits, self.device, adapter, frozen or Adapter(), factors, copies)
+        live = attachment(self.logits, self.device, adapter, frozen or Adapter(), factors, copies, self.layouts)
         masks = Masks(dropout, [int(rng.integers(2**63 - 1))]) if dropout and rng is not None else None
         if masks is not None:
             live.forward = masks.counted(self.logits)

@@ -154,6 +154,7 @@ class _Trained:
             fixed={name: tensor.to(base.device) for name, tensor in task.frozen.dense.items()},
             frozen={name: on_device(x, base.device) for name, x in task.frozen.layers.items()},
             stacked=True,
+            layouts=base.layouts,
         )
         self._copies(1)
 

@@ -95,7 +95,7 @@ def train_together(
             cohort.forget()
             if active < cohort.active:
                 cohort.keep(active)
-            found = _backward(cohort, data, step, prefixes, meter)
+            found = backward(cohort, data, step, prefixes, meter)
             for so_far, loss, job in zip(told, found, jobs, strict=False):
                 so_far.append(loss)
                 if not math.isfinite(loss):
@@ -163,7 +163,7 @@ def _steps(
         epoch += 1
 
 
-def _backward(
+def backward(
     cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Prefix] | None, meter: Meter | None
 ) -> list[float]:
     """Gradients of one step of the clients that still train; the mean loss of each, without its penalty."""
@@ -177,7 +177,10 @@ def _backward(
         batch = cast(Packable, data).packed(rows) if local.pack else data.batch(np.concatenate(rows))
         if local.dropout:
             positions = [max((int(data.lengths[row].sum()) for row in part), default=0) for part in parts]
-            cohort.meet(list(map(len, parts)), positions if "input_ids" in batch else [])
+            texts = batch.get("input_ids")
+            cohort.meet(
+                list(map(len, parts)), [] if texts is None else positions, 0 if texts is None else texts.shape[1]
+            )
         examples = map(np.concatenate, filled)
         going_on = resumed(list(zip(prefixes, examples, strict=False))) if prefixes else nullcontext()
         alone = asked_alone(cohort.base.output, batch["labels"])
