@@ -201,7 +201,9 @@ def _job(base: Base, client: int, examples: Indices, dropout: float) -> Job:
 
     layers = {name: layer(*shape) for name, shape in base.spec.modules.items()}
     head = base.initial_head() if stackable(base.modules, base.head) else {}
-    dense = {name: t + 0.1 * t.std(correction=0) * torch.randn(t.shape, generator=generator) for name, t in head.items()}
+    dense = {
+        name: t + 0.1 * t.std(correction=0) * torch.randn(t.shape, generator=generator) for name, t in head.items()
+    }
     local = LocalTraining(batch=len(examples), dropout=dropout, precision="fp32", clip=None)
     task = Task(0, Adapter(layers, dense), Adapter(), "AB", local, None, 0)
     return Job(f"{client:03d}", task, [[examples]], client, len(examples))
