@@ -14,6 +14,7 @@ from polyrank.experiment.config import Experiment
 from polyrank.local import lokr
 from polyrank.local.adapters import AdapterError, read_adapter
 from polyrank.local.base import Base
+from polyrank.local.same_model import under_names
 
 
 def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -> ServerState:
@@ -25,7 +26,7 @@ def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -
     layers = {name: fresh(shape, rank, scale, rng) for name, shape in base.spec.modules.items()}
     head = base.initial_head()
     if experiment.model.adapter is not None:
-        given, _ = read_adapter(experiment.model.adapter)
+        given = under_names(read_adapter(experiment.model.adapter)[0], [*layers, *head])
         _check_adapter(given, layers, head, experiment, rank)
         layers |= {name: rescale(pad(x, rank, rng), scale) for name, x in given.layers.items()}
         head |= {name: tensor.float() for name, tensor in given.dense.items()}
@@ -59,6 +60,8 @@ def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: E
     folder = experiment.model.adapter
     if lokr.grouped(given.dense):
         raise AdapterError(f"model.adapter: {folder}: is a LoKr, which only the method lokr can start from")
+    if not given.layers:
+        raise AdapterError(f"model.adapter: {folder}: holds no LoRA layer")
     for name, x in given.layers.items():
         if name not in layers:
             raise AdapterError(f"model.adapter: {folder}: layer {name} is none of the model's targets: another model?")
