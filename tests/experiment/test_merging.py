@@ -205,11 +205,19 @@ def test_adapters_without_a_layer_are_refused(tmp_path: Path) -> None:
 def test_weights_that_a_rule_does_not_use_are_said(method: str, used: bool, tmp_path: Path) -> None:
     folders = [adapter(tmp_path / str(i), i) for i in range(2)]
     notes = done(*folders, "--weights", "1,3", "--method", method, "--out", tmp_path / "m")
-    assert notes == ([] if used else ["--weights: not used: this rule weighs all adapters alike"])
+    assert notes == ([] if used else ["--weights: not used: this rule weighs the layers of all adapters alike"])
     done(*folders, "--method", method, "--out", tmp_path / "alike")
     same = all(torch.allclose(x, deltas(tmp_path / "alike")[n], atol=1e-5) for n, x in deltas(tmp_path / "m").items())
     assert same != used
     assert done(*folders, "--weights", "2,2", "--method", method, "--out", tmp_path / "two") == []
+
+
+def test_weights_that_the_head_alone_uses_are_said(tmp_path: Path) -> None:
+    folders = [adapter(tmp_path / str(i), i, head=torch.full((2,), float(i)), info=HEAD) for i in range(2)]
+    notes = done(*folders, "--weights", "1,3", "--method", "fedex_lora", "--out", tmp_path / "m")
+    by_size = torch.equal(read_adapter(tmp_path / "m")[0].dense["head.weight"], torch.full((2,), 0.75))
+    use = "used for head.weight alone" if by_size else "not used"
+    assert notes == [f"--weights: {use}: this rule weighs the layers of all adapters alike"]
 
 
 def test_weights_of_zero(tmp_path: Path) -> None:

@@ -133,8 +133,11 @@ def _notes(read: Adapters, method: Method, examples: Sequence[float], state: Ser
         for name, to in list(names.items())[:1]:
             more = f", and {len(names) - 1} more names likewise" if len(names) > 1 else ""
             notes.append(f"{folder}: {name} is read as {to}{more}")
-    if len(set(examples)) > 1 and not _weighs(method, examples):
-        notes.append("--weights: not used: this rule weighs all adapters alike")
+    layers, dense = _weighs(method, examples)
+    saved = list(dict.fromkeys(name for adapter in read.adapters for name in adapter.dense))
+    if len(set(examples)) > 1 and not layers:
+        use = f"used for {few(saved)} alone" if saved and dense else "not used"
+        notes.append(f"--weights: {use}: this rule weighs the layers of all adapters alike")
     else:
         nothing = [folder for folder, count in zip(read.folders, examples, strict=True) if not count]
         notes += [f"{folder}: has weight 0, so it counts for nothing" for folder in nothing]
@@ -159,25 +162,28 @@ def _lacking(read: Adapters, method: Method) -> list[str]:
     return notes
 
 
-def _weighs(method: Method, examples: Sequence[float]) -> bool:
-    """Whether the rule's result depends on the weights, tried on small adapters."""
+def _weighs(method: Method, examples: Sequence[float]) -> tuple[bool, bool]:
+    """Whether layers, and dense parameters, depend on the weights; tried on small adapters."""
     shared = torch.eye(2, 4, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     B = torch.randn(len(examples), 4, 2, generator=generator, dtype=torch.float64)
-    adapters = [Adapter({"x": LowRank(shared, each)}) for each in B]
-    return not torch.allclose(*(_tried(adapters, method, counts) for counts in (examples, [1.0] * len(examples))))
+    adapters = [Adapter({"x": LowRank(shared, each)}, {"h": each}) for each in B]
+    one, other = (_tried(adapters, method, counts) for counts in (examples, [1.0] * len(examples)))
+    return not torch.allclose(delta(one.layers["x"]), delta(other.layers["x"])), not torch.allclose(
+        one.dense["h"], other.dense["h"]
+    )
 
 
 def _counts_as_zero(method: Method, count: int) -> bool:
     """Whether an adapter that lacks a layer counts as one that holds zeros, tried on small adapters that are alike."""
     x = LowRank(torch.eye(1, 4, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64))
     adapters = [Adapter({"x": x, "y": x}) for _ in range(count - 1)] + [Adapter({"y": x})]
-    return not torch.allclose(_tried(adapters, method, [1.0] * count), delta(x))
+    return not torch.allclose(delta(_tried(adapters, method, [1.0] * count).layers["x"]), delta(x))
 
 
-def _tried(adapters: Sequence[Adapter], method: Method, examples: Sequence[float]) -> torch.Tensor:
+def _tried(adapters: Sequence[Adapter], method: Method, examples: Sequence[float]) -> Adapter:
     state = _absorbed(adapters, method, examples)
-    return delta(combine([state.folded, state.adapter]).layers["x"])
+    return combine([state.folded, state.adapter])
 
 
 def _common_alpha(adapters: Sequence[Adapter]) -> float | None:
