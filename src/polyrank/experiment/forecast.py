@@ -23,6 +23,7 @@ from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
 from polyrank.experiment.shares import group_sizes, kept_for_importance
+from polyrank.experiment.start import check_start
 from polyrank.experiment.tables import DATASETS
 from polyrank.local import lokr
 
@@ -51,6 +52,7 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     spec = describe(experiment, method)
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
+    check_start(experiment, method, spec.modules, rank)
     examples, notes = _examples(experiment)
     names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
