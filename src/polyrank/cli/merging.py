@@ -51,7 +51,4 @@ def merge(
         else:
             for entry in report:
                 found = sorted(set(entry["ranks"].values()))  # type: ignore[attr-defined]
-                out.print(
-                    f"{entry['folder']}: {len(entry['ranks'])} layers of rank {', '.join(map(str, found))}",
-                    highlight=False,
-                )
+                out.say(f"{entry['folder']}: {len(entry['ranks'])} layers of rank {', '.join(map(str, found))}")

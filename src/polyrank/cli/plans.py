@@ -42,9 +42,9 @@ def plan(
             print(json.dumps(planned))
             return
         for part in plan_report(planned):
-            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            out.say(part) if isinstance(part, str) else out.print(part)
         if png is not None:
-            out.print(f"picture: {png}", highlight=False)
+            out.say(f"picture: {png}")
 
 
 @app.command()
@@ -72,9 +72,9 @@ def profile(
             print(json.dumps(measured))
             return
         for part in profile_report(measured):
-            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            out.say(part) if isinstance(part, str) else out.print(part)
         if path is not None:
-            out.print(f"calibration: {path}; plans use it with --set costs.calibration={path}", highlight=False)
+            out.say(f"calibration: {path}; plans use it with --set costs.calibration={path}")
 
 
 @app.command()
@@ -118,14 +118,12 @@ def data(
             print(json.dumps({"name": dataset.name, "sizes": sizes, "classes": list(dataset.classes), "clients": rows}))
             return
         out.print(heat_map(counts, clients, [profiles[c].group for c in clients], dataset.classes, out.width))
-        out.print(
+        out.say(
             f"{int(counts.sum())} of {len(dataset.train)} training examples held by {len(clients)} clients, "
             f"{len(dataset.validation)} validation, {len(dataset.test)} test"
-            + (f", {len(dataset.importance)} kept by the server" if dataset.importance else ""),
-            highlight=False,
-            soft_wrap=True,
+            + (f", {len(dataset.importance)} kept by the server" if dataset.importance else "")
         )
         if png is not None:
-            out.print(f"picture: {png}", highlight=False)
+            out.say(f"picture: {png}")
         if export is not None:
-            out.print(f"files: {export}; read back with data: {{name: per_client, folder: {export}}}", highlight=False)
+            out.say(f"files: {export}; read back with data: {{name: per_client, folder: {export}}}")

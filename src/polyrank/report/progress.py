@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from polyrank.engines.events import Answered, Asked, Event, Phase
+from polyrank.report.screen import Rows, Screen, one_line
 from polyrank.report.terminal import epsilons, reached, size, span
 
 _ROWS_SHOWN = 12
@@ -50,7 +50,7 @@ class Progress:
         silent: whether nothing is shown.
     """
 
-    def __init__(self, console: Console, rounds: int, done: int, *, silent: bool = False) -> None:
+    def __init__(self, console: Screen, rounds: int, done: int, *, silent: bool = False) -> None:
         self.console, self.rounds, self.done, self.silent = console, rounds, done, silent
         self.rows: list[dict[str, str]] = []
         self.seconds: list[float] = []
@@ -110,7 +110,7 @@ class Progress:
     def note(self, line: str) -> None:
         """A line, where there is no live table that shows the same."""
         if self.live is None and not self.silent:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.say(line)
 
     def left(self) -> float | None:
         """Seconds that the remaining rounds will take: as the median round, or, in the first, as its clients so far."""
@@ -128,14 +128,14 @@ class Progress:
         cohort = len(now.asked.bytes_down) if now and now.asked else 0
         clients = min(cohort, room // 2)
         shown = self.rows[-min(_ROWS_SHOWN, room - clients) :]
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = Rows()
         for name in self.rows[-1] if self.rows else _COLUMNS:
             table.add_column(name, justify="right")
         for row in shown:
             table.add_row(*row.values())
         parts: list[Any] = [table, _bar(self.done, self.rounds)]
         if now is not None:
-            parts.append(Text(self._doing(now), "dim"))
+            parts.append(Text(one_line(self._doing(now)), "dim"))
             if clients and now.asked:
                 parts.append(_clients(now.asked, list(now.answered), clients))
         return Group(*parts)
@@ -159,12 +159,12 @@ def _bar(done: int, of: int) -> Text:
     return Text("━" * full, "green") + Text("━" * (_BAR - full), "dim")
 
 
-def _clients(asked: Asked, answered: list[Answered], rows: int) -> Table:
+def _clients(asked: Asked, answered: list[Answered], rows: int) -> Rows:
     """The cohort, as many as have room: where not all have, those that were last done."""
     found = {answer.client: answer for answer in answered}
     shown = list(asked.bytes_down) if len(asked.bytes_down) <= rows else list(found)[-rows:]
     timed = any(answer.seconds is not None for answer in answered)
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Rows()
     for name in ("client", "group"):
         table.add_column(name, no_wrap=True)
     for name in ("down", "loss", "up", *(["simulated"] if timed else [])):
