@@ -110,10 +110,14 @@ def damaged(data: bytes, rng: Random) -> bytes:
     if how == "out":
         return data[:place] + data[place + rng.choice((1, 5, 100)) :]
     if how == "in":
-        return data[:place] + rng.choice((b"\x00", b"\xff\xfe", b"\n\n", b'"', b"[" * 50_000, b"{", b",,,")) + data[place:]
+        return (
+            data[:place] + rng.choice((b"\x00", b"\xff\xfe", b"\n\n", b'"', b"[" * 50_000, b"{", b",,,")) + data[place:]
+        )
     if how == "end":
         return data + rng.choice((b"\x00", b"\n", b"}", b"x", b"\n{", b"\nnull\n", b"\n[]\n"))
-    return rng.choice((b"", b"\x00" * 64, b"null", b"[]", b"{}", b'""', b"1", b"[" * 100_000, b"version https://git-lfs"))
+    return rng.choice(
+        (b"", b"\x00" * 64, b"null", b"[]", b"{}", b'""', b"1", b"[" * 100_000, b"version https://git-lfs")
+    )
 
 
 def broken(path: Path, rng: Random) -> str:
@@ -141,7 +145,9 @@ def _json(data: bytes, rng: Random) -> bytes:
 def _lines(data: bytes, rng: Random) -> bytes:
     lines = data.splitlines()
     place = rng.randrange(len(lines))
-    lines[place : place + 1] = rng.choice(([_json(lines[place], rng)], [_json(lines[place], rng)], [], [lines[place]] * 2))
+    lines[place : place + 1] = rng.choice(
+        ([_json(lines[place], rng)], [_json(lines[place], rng)], [], [lines[place]] * 2)
+    )
     return b"\n".join(lines) + b"\n"
 
 

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import talking
 import torch
 import yaml
-from broken import broken, changed
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
+import talking
+from broken import broken, changed
 from polyrank.cli import app
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.local.adapters import AdapterInfo, write_adapter
@@ -75,7 +75,9 @@ def called(*arguments: Any) -> None:
 
 
 def written(path: Path, config: Config) -> Path:
-    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8", errors="surrogatepass"
+    )
     return path
 
 
@@ -123,7 +125,12 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "device": "cpu",
             "threads": 1,
             "log": [],
-            "model": {"name": f"./{model}", "targets": "attention", "rank": 2, **({"max_length": 16} if kind == "text" else {})},
+            "model": {
+                "name": f"./{model}",
+                "targets": "attention",
+                "rank": 2,
+                **({"max_length": 16} if kind == "text" else {}),
+            },
             "data": {
                 **{"name": "files", "train": name, "test": name, kind: kind, "columns": ["site"]},
                 "partition": {"name": "by_column", "column": "site"},
@@ -157,9 +164,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Config) -> Path:
     shutil.copytree(folder / "finished", folder / "halfway")
     (folder / "halfway" / "summary.json").unlink()
     (folder / "language").mkdir()
-    spoken = {**talking.experiment(folder / "language"), "rounds": 1, "log": [], "evaluate": {"generate": {"max_tokens": 3, "samples": 2}}}
+    spoken = {
+        **talking.experiment(folder / "language"),
+        "rounds": 1,
+        "log": [],
+        "evaluate": {"generate": {"max_tokens": 3, "samples": 2}},
+    }
     called("run", written(folder / "talking.yaml", spoken), "--out", folder / "spoken", "--quiet")
-    called("compare", folder / "digits.yaml", "--set", "rounds=1", "--methods", "fedit,local", "--out", folder / "study", "--quiet")
+    called(
+        "compare",
+        folder / "digits.yaml",
+        "--set",
+        "rounds=1",
+        "--methods",
+        "fedit,local",
+        "--out",
+        folder / "study",
+        "--quiet",
+    )
     return folder
 
 
@@ -197,10 +219,25 @@ def test_overrides(seed: int, digits: Config, here: Path) -> None:
 
     flat = list(_flat(digits))
     key = rng.choice([*flat, *(key + ".x" for key in flat), "", "fleet.9.rank", "method.aggregate.rows", "fleet", "x"])
-    value = rng.choice([str(rng.choice(VALUES)), yaml.safe_dump(rng.choice(VALUES))[:-1], "[", "{", "&a [*a]", "!!int x", "2001-99-99", "'"])
+    value = rng.choice(
+        [
+            str(rng.choice(VALUES)),
+            yaml.safe_dump(rng.choice(VALUES))[:-1],
+            "[",
+            "{",
+            "&a [*a]",
+            "!!int x",
+            "2001-99-99",
+            "'",
+        ]
+    )
     command = rng.choice((["plan"], ["data"], ["compare", "--dry-run", "--out", "study"]))
     option = rng.choice(("--set", "--set", "--grid")) if command[0] == "compare" else "--set"
-    ends([command[0], written(here / "e.yaml", digits), *command[1:], f"{option}={key}={value}"], (key or option, "e.yaml"), f"case {seed}")
+    ends(
+        [command[0], written(here / "e.yaml", digits), *command[1:], f"{option}={key}={value}"],
+        (key or option, "e.yaml"),
+        f"case {seed}",
+    )
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[str]:
@@ -231,7 +268,9 @@ def test_tables(seed: int, tables: Path, here: Path) -> None:
     else:
         shutil.copy(tables / name, here)
         how = broken(here / name, rng)
-    command = rng.choice((["data"], ["data"], ["data", "--export", here / "shares"], ["plan"], ["run", "--out", here / "out"]))
+    command = rng.choice(
+        (["data"], ["data"], ["data", "--export", here / "shares"], ["plan"], ["run", "--out", here / "out"])
+    )
     ends([command[0], here / f"{name}.yaml", *command[1:]], (name,), f"case {seed}, {how}")
 
 
@@ -245,7 +284,11 @@ def test_adapters(seed: int, adapters: Path, here: Path) -> None:
     path = rng.choice([p for p in sorted((here / "a").rglob("*")) if p.is_file()])
     how = broken(path, rng)
     method = rng.choice(("rb_lora", "flexlora", "fedit"))
-    ends(["merge", here / "a/rank-2", here / "a/rank-3", "--method", method, "--out", here / "out"], (path.parent.name,), f"case {seed}, {how}")
+    ends(
+        ["merge", here / "a/rank-2", here / "a/rank-3", "--method", method, "--out", here / "out"],
+        (path.parent.name,),
+        f"case {seed}, {how}",
+    )
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
