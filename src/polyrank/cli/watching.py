@@ -94,9 +94,10 @@ def _silent(run: Following, progress: Progress, told: bool) -> bool:
 
 
 def _outcome(run: Following) -> None:
+    from polyrank.experiment.shapes import SUMMARY_KEYS
     from polyrank.report.terminal import outcome, results_table
 
-    summary = run.summary()
+    summary = run.summary(SUMMARY_KEYS)
     if summary is not None:
         out.print(results_table(summary))
         out.say(outcome(summary, run.folder / "adapter"))

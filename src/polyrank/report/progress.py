@@ -84,15 +84,16 @@ class Progress:
         """One more round, and its seconds where they are known."""
         self.seconds += [] if seconds is None else [seconds]
         self.done, self.current = record["round"] + 1, _Current()
-        losses = list(record["losses"].values())
+        up, down, metrics = (record.get(key) or {} for key in ("bytes_up", "bytes_down", "metrics"))
+        losses = [loss for loss in (record.get("losses") or {}).values() if loss is not None]
         row = {
             "round": f"{self.done}/{self.rounds}",
-            "clients": f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
+            "clients": f"{len(up)}/{len(down)}",
             "loss": f"{np.mean(losses):.4f}" if losses else "-",
-            "validation": reached(record["metrics"], "validation/") or "-",
-            **epsilons({key: record["metrics"].get(f"privacy/{key}") for key in ("clients", "examples")}),
-            "up": size(sum(record["bytes_up"].values())),
-            "down": size(sum(record["bytes_down"].values())),
+            "validation": reached(metrics, "validation/") or "-",
+            **epsilons({key: metrics.get(f"privacy/{key}") for key in ("clients", "examples")}),
+            "up": size(sum(up.values())),
+            "down": size(sum(down.values())),
             "took": "-" if seconds is None else span(seconds),
             "left": "-" if (left := self.left()) is None else span(left),
         }

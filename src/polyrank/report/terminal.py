@@ -36,10 +36,11 @@ def span(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def reached(metrics: Mapping[str, float], prefix: str = "") -> str | None:
+def reached(metrics: Mapping[str, float | None], prefix: str = "") -> str | None:
     """What a model is worth, for people: ``81.11%``, or of a language model ``2.871 nats``; None if it is not known."""
-    if f"{prefix}perplexity" in metrics:
-        return f"{metrics[f'{prefix}loss']:.3f} nats"
+    loss = metrics.get(f"{prefix}loss")
+    if f"{prefix}perplexity" in metrics and loss is not None:
+        return f"{loss:.3f} nats"
     accuracy = metrics.get(f"{prefix}accuracy")
     return None if accuracy is None else f"{accuracy:.2%}"
 
@@ -76,13 +77,14 @@ def results_table(summary: Mapping[str, Any]) -> Rows:
     """What the test split says before and after, and of the baselines; and what a language model is asked besides."""
     goal, final, selected = goal_of(summary["final"]["test"]), summary["final"], summary["selected"]
     rows = [("before", summary["before"]), (f"{summary['method']}, final round", final)]
-    if selected and selected["round"] != final["round"]:
+    if selected and selected["round"] != final.get("round"):
         rows.append((f"{summary['method']}, round {selected['round'] + 1} (best on validation)", selected))
     baselines = summary.get("baselines", {})
     if "local" in baselines:
         local = baselines["local"]
-        rows.append((f"best single client ({local['best']})", local))
-        rows.append(("mean of single clients", {"test": local.get("mean", {"accuracy": local["mean_accuracy"]})}))
+        if "test" in local:
+            rows.append((f"best single client ({local.get('best', '-')})", local))
+        rows.append(("mean of single clients", {"test": local.get("mean", {"accuracy": local.get("mean_accuracy")})}))
     if "single" in baselines:
         rows.append(("centralised (pooled data)", baselines["single"]))
     asked = [column for column in _ASKED if any(_found(own, column[1:]) is not None for _, own in rows)]
