@@ -20,8 +20,10 @@ def ending(error: BaseException) -> tuple[int, str] | None:
         return None
     if isinstance(error, TrainingError):
         return 1, str(error)
-    if isinstance(error, InputError | ImportError):
+    if isinstance(error, InputError):
         return 2, str(error)
+    if isinstance(error, ImportError) and (error.name is None or isinstance(error, ModuleNotFoundError)):
+        return 2, str(error)  # a package that is not installed
     if isinstance(error, OSError):
         return (1 if error.errno in _FULL else 2), failure(error)
     if isinstance(error, MemoryError) or (

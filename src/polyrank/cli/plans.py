@@ -32,6 +32,7 @@ def plan(
         from polyrank.report.figures import plan_figure
         from polyrank.report.plan import plan_report
 
+        check_png(png)
         path = file or embedded("digits.yaml")
         alone = ["fleet=[{name: this machine, memory: detect}]", "method.estimate=least"] if here else []
         measured = None if scores is None else Run.open(scores).scores()
@@ -45,6 +46,14 @@ def plan(
             out.say(part) if isinstance(part, str) else out.print(part)
         if png is not None:
             out.say(f"picture: {png}")
+
+
+def check_png(path: Path | None) -> None:
+    """Refuses a picture of another format, before anything is computed."""
+    from polyrank.experiment.config import ConfigError
+
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(f"--png: {path}: the name of a PNG must end in .png")
 
 
 @app.command()
@@ -95,6 +104,7 @@ def data(
         from polyrank.report.figures import split_heat_map
         from polyrank.report.terminal import heat_map
 
+        check_png(png)
         path = file or embedded("digits.yaml")
         experiment = load(path, set_)
         if export is not None:

@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from polyrank.engines.events import Answered, Asked, Event, Phase
-from polyrank.report.screen import Rows, Screen, one_line
+from polyrank.report.screen import Rows, Screen
 from polyrank.report.terminal import epsilons, reached, size, span
+from polyrank.report.text import one_line
 
 _ROWS_SHOWN = 12
 _BAR = 30  # characters

@@ -6,7 +6,6 @@ none of it is markup, an emoji code or a terminal's command; colours are given a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,33 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but tabs and line feeds
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of the text around
-    "\u2028\u2029\ufeff\ud800-\udfff]"  # separators, byte-order marks, and bytes of a path that are no UTF-8
-)
-
-
-def visible(text: str) -> str:
-    r"""Text in which what would act on a terminal, or turn text around, stands as its escape.
-
-    >>> visible("ward\x1b[31m")
-    'ward\\x1b[31m'
-    """
-    return _INVISIBLE.sub(lambda found: _escape(found[0]), text)
-
-
-def one_line(text: str) -> str:
-    r"""`visible` text on one line.
-
-    >>> one_line("two\nlines")
-    'two\\nlines'
-    """
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def _escape(sign: str) -> str:
-    return {"\r": "\\r"}.get(sign, f"\\x{ord(sign):02x}" if ord(sign) < 256 else f"\\u{ord(sign):04x}")
+from polyrank.report.text import one_line, visible
 
 
 class Screen(Console):
