@@ -61,7 +61,7 @@ def export(
             print(json.dumps(found))
             return
         for line in _lines(found):
-            out.print(line, highlight=False, soft_wrap=True)
+            out.say(line)
 
 
 def _outcome(export: Export, folder: Path, address: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from polyrank.cli.app import Json, app, mistakes, numbers, out, plain
+from polyrank.cli.app import Json, app, mistakes, numbers, out
 
 
 @app.command()
@@ -56,6 +56,6 @@ def merge(
             return
         for path, adapter in written:
             kinds = ", ".join(map(str, sorted({x.rank for x in adapter.layers.values()})))
-            out.print(plain(f"{path}: {len(adapter.layers)} layers of rank {kinds}"), highlight=False, soft_wrap=True)
+            out.say(f"{path}: {len(adapter.layers)} layers of rank {kinds}")
         for note in notes:
-            out.print(plain(note), highlight=False, soft_wrap=True)
+            out.say(note)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import model_validator
-from yaml import YAMLError
 
 from polyrank.core.privacy import Privacy
 from polyrank.core.rng import stream
@@ -214,7 +213,7 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
         raw = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if data is not None:
         if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict) or "train" not in raw["data"]:

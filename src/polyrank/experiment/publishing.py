@@ -5,7 +5,6 @@ The run's folder is all that is read, and the base model where its weights are m
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -126,9 +125,9 @@ def chosen(
 
 
 def _setting(run: Run) -> dict[str, Any]:
-    if not run.setting_file.is_file():
+    found = run.setting()
+    if found is None:
         raise RunError(f"{run.folder}: has no setting.json: an earlier version of polyrank has made it; run it again")
-    found: dict[str, Any] = json.loads(run.setting_file.read_text())
     return found
 
 
