@@ -1,4 +1,4 @@
-"""Whether a model predicts each token from those before it alone: its config is read, then the model itself is asked."""
+"""Whether a model predicts each token from those before it alone: by its config, and by the model itself."""
 
 from __future__ import annotations
 
