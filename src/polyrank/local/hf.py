@@ -285,6 +285,13 @@ def save_model(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
+def load_plain(folder: Path, kind: str) -> Callable[[Batch], Tensor]:
+    """Logits of a whole model, loaded from its folder as anybody loads it."""
+    with quiet():
+        model = getattr(transformers, _AUTO[kind]).from_pretrained(str(folder), dtype="auto").eval()
+    return lambda batch: model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+
+
 def load_exported(base: Base, folder: Path) -> Callable[[Batch], Tensor]:
     """Logits of the base with an exported adapter, loaded by PEFT itself. The base carries it from then on.
 
