@@ -32,11 +32,13 @@ PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
 ONLY_IN = {
     "transformers": {
         "polyrank.local.hf",
+        "polyrank.local.peft_layers",
+        "polyrank.local.pretrained",
         "polyrank.local.processors",
         "polyrank.local.quantized",
         "polyrank.local.saved",
     },
-    "peft": {"polyrank.local.hf"},
+    "peft": {"polyrank.local.peft_layers"},
     "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
     "plotly": {"polyrank.report.page"},
@@ -237,7 +239,7 @@ ALLOWED = [
     ("polyrank.data.x", "import pyarrow\nfrom polyrank.core.rng import stream"),
     ("polyrank.local.dp", "def f():\n    import opacus.optimizers"),
     ("polyrank.local.upload", "def f():\n    from huggingface_hub import HfApi"),
-    ("polyrank.local.hf", "import peft\nimport transformers\nfrom polyrank.data import text"),
+    ("polyrank.local.peft_layers", "import peft\nimport transformers\nfrom polyrank.data import text"),
     ("polyrank.engines.flower", "import flwr\nfrom polyrank.local import cohort"),
     ("polyrank.deploy.client", "import flwr\nfrom polyrank.engines import flower"),
     ("polyrank.report.figures", "import matplotlib.pyplot as plt\nfrom polyrank.experiment import runs"),

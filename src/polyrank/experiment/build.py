@@ -5,6 +5,7 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +30,15 @@ from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.language import Language, language
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
 from polyrank.experiment.models import Split, load_base, preparer, prompting_of
-from polyrank.experiment.planning import check_stated_ranks, completed, describe, group_budgets, server_rank
+from polyrank.experiment.planning import (
+    cautions,
+    check_stated_ranks,
+    completed,
+    described,
+    from_config,
+    group_budgets,
+    server_rank,
+)
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
 from polyrank.local.adapters import AdapterInfo
@@ -41,6 +50,9 @@ from polyrank.local.importance import measured
 from polyrank.local.packing import check_packing
 from polyrank.local.prefix import Prefixes
 from polyrank.local.quantized import check_quantization
+from polyrank.local.vocabulary import check_splits
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -191,10 +203,13 @@ def _ground(experiment: Experiment) -> _Ground:
     if experiment.model.quantize is not None:
         check_quantization(experiment.model.quantize, pick_device(experiment.device))
     check_stated_ranks(experiment)
-    planned = describe(experiment, method)
+    empty = from_config(experiment, "meta")
+    planned = described(empty, experiment, method)
     budgets = group_budgets(experiment, method, planned)
     rank = server_rank(experiment, budgets)
     check_rank(rank, planned, experiment)
+    for caution in cautions(empty):
+        _log.warning("%s", caution)
     shares = share_data(experiment)
     dataset, device = shares.dataset, pick_device(experiment.device)
     base = load_base(experiment.model, dataset.kind, dataset.classes, device, stream(experiment.seed, "head"))
@@ -208,8 +223,10 @@ def _ground(experiment: Experiment) -> _Ground:
     for name, split in splits.items():
         if isinstance(split, CausalSplit):
             warn_of_silent(split, name, experiment.model.max_length)
+    asked = language(experiment, dataset, base)
+    check_splits(splits, base.model, str(base.info.base))
     spec = completed(base.spec, experiment, method)
-    return _Ground(base, spec, rank, method, shares, splits, language(experiment, dataset, base))
+    return _Ground(base, spec, rank, method, shares, splits, asked)
 
 
 def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:

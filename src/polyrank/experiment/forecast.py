@@ -21,7 +21,15 @@ from polyrank.core.types import Budget, Client, ClientProfile, Query, ServerStat
 from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
-from polyrank.experiment.planning import check_stated_ranks, describe, group_budgets, profile_of, server_rank
+from polyrank.experiment.planning import (
+    cautions,
+    check_stated_ranks,
+    described,
+    from_config,
+    group_budgets,
+    profile_of,
+    server_rank,
+)
 from polyrank.experiment.shares import group_sizes, kept_for_importance
 from polyrank.experiment.start import check_start
 from polyrank.experiment.tables import DATASETS
@@ -49,7 +57,8 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     started = time.perf_counter()
     method = experiment.build_method()
     check_stated_ranks(experiment)
-    spec = describe(experiment, method)
+    base = from_config(experiment, "meta")
+    spec = described(base, experiment, method)
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
     check_start(experiment, method, spec.modules, rank)
@@ -58,7 +67,7 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
     sizes, clients = _clients(experiment)
     phases, unscored = _phases(experiment, method, spec, rank, {c: budgets[g] for c, g in clients.items()}, scores)
-    notes += _boost(experiment, method) + unscored
+    notes += _boost(experiment, method) + unscored + cautions(base)
     firsts = [next((c for c, of in clients.items() if of == g), "") for g in range(len(names))]
     groups = [
         {

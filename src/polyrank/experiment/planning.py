@@ -18,7 +18,10 @@ from polyrank.experiment.tables import DATASETS
 from polyrank.local import hf
 from polyrank.local.base import Base
 from polyrank.local.digits_base import digits_config, digits_vit
+from polyrank.local.lengths import check_length
 from polyrank.local.measure import device_memory
+from polyrank.local.peft_layers import loss, lost_layers
+from polyrank.local.vocabulary import check_tokenizer
 
 BUILT_IN_MODELS = {"digits-vit": (digits_config, digits_vit)}
 """Models that polyrank makes itself, by name: their config, and the folder of their weights."""
@@ -35,10 +38,26 @@ class CalibrationFile(Strict):
 
 
 def describe(experiment: Experiment, method: Method) -> ModelSpec:
-    """The model's spec from its config alone, with the head's part in the traffic and what was calibrated."""
-    spec = completed(from_config(experiment, "meta").spec, experiment, method)
+    """The model's spec from its config alone, with the head's part in the traffic and what was calibrated.
+
+    Raises:
+        InputError: if the model's folder is not whole, or the tokenizer's words or the texts' length are beyond it.
+    """
+    return described(from_config(experiment, "meta"), experiment, method)
+
+
+def described(base: Base, experiment: Experiment, method: Method) -> ModelSpec:
+    """The spec of a model that is not loaded."""
+    spec = completed(base.spec, experiment, method)
     assert spec.architecture is not None
     return replace(spec, architecture=replace(spec.architecture, quantization=experiment.model.quantize))
+
+
+def cautions(base: Base) -> list[str]:
+    """What there is to say of a model before it is loaded. The base, on the meta device, is of no use after."""
+    found = check_tokenizer(base.model, str(base.info.base)) if base.info.task else []
+    lost = lost_layers(base)
+    return found + ([loss(lost, len(base.spec.modules), base)] if lost else [])
 
 
 def from_config(experiment: Experiment, device: str) -> Base:
@@ -47,8 +66,11 @@ def from_config(experiment: Experiment, device: str) -> Base:
     options = {key: getattr(experiment.data, key) for key in parameters(DATASETS[experiment.data.name])}
     data = outline(experiment.data.name, options)
     made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
-    return hf.base_from_config(
-        made() if made else hf.locate(str(config.config or config.name)),
+    name = made() if made else hf.locate(str(config.config or config.name))
+    if not made:
+        hf.check_files(name, data.kind)
+    base = hf.base_from_config(
+        name,
         config.targets,
         kind=data.kind,
         classes=data.classes,
@@ -58,6 +80,10 @@ def from_config(experiment: Experiment, device: str) -> Base:
         image_size=config.image_size,
         attention=config.attention,
     )
+    if data.kind != "image":
+        check_length(base.model, config.max_length, config.name)
+        check_tokenizer(base.model, name)
+    return base
 
 
 def completed(spec: ModelSpec, experiment: Experiment, method: Method) -> ModelSpec:
