@@ -39,6 +39,7 @@ from polyrank.files import write_bytes
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.importance import measured
+from polyrank.local.padding import filled_up
 from polyrank.local.trainer import train
 from polyrank.local.vocabulary import check_splits
 
@@ -192,6 +193,7 @@ class Site:
             agree(held.prompting, asked.get("prompting"), self.path)
         base = load_base(config, kind, classes, self.device, stream(0, "head"))  # the server sends the head
         split = preparer(config, kind, held.prompting)(source)
+        split = filled_up(base, {"data": split}, config.max_length)["data"]
         check_splits({"data": split}, base.model, str(base.info.base), str(self.path))
         if isinstance(split, CausalSplit):
             warn_of_silent(split, f"{self.path}: data", config.max_length)

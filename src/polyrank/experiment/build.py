@@ -48,7 +48,9 @@ from polyrank.local.dp import require_opacus
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
 from polyrank.local.packing import check_packing
+from polyrank.local.padding import filled_up
 from polyrank.local.prefix import Prefixes
+from polyrank.local.probe import side_by_side
 from polyrank.local.quantized import check_quantization
 from polyrank.local.vocabulary import check_splits
 
@@ -135,12 +137,24 @@ def build_here(experiment: Experiment, sharing: int = 1) -> World:
         fleet_profiles(experiment.fleet, ground.shares),
         spec=spec,
         absent=experiment.absent,
-        together=positions_for(spec, experiment, ground.rank, base.device, sharing),
+        together=_shared(experiment, ground, positions_for(spec, experiment, ground.rank, base.device, sharing)),
         seed=experiment.seed,
         holdout=splits.get("importance"),
         prefixes=None if cache == "off" else Prefixes(base, splits["train"], cache / sharing),
     )
     return ground.world(experiment, simulator)
+
+
+def _shared(experiment: Experiment, ground: _Ground, positions: int) -> int:
+    """Most input positions of a step that clients share; 0 where the model does not take adapters side by side.
+
+    Raises:
+        ConfigError: if it does not, and the file asks for it.
+    """
+    reason = side_by_side(ground.base, ground.splits["train"], experiment.local.dropout) if positions else None
+    if reason is not None and experiment.simulation.together != "auto":
+        raise ConfigError(f"simulation.together: {positions}: clients cannot share a pass of this model: {reason}")
+    return positions if reason is None else 0
 
 
 def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes) -> World:
@@ -223,6 +237,8 @@ def _ground(experiment: Experiment) -> _Ground:
     for name, split in splits.items():
         if isinstance(split, CausalSplit):
             warn_of_silent(split, name, experiment.model.max_length)
+    if not experiment.local.pack:
+        splits = filled_up(base, splits, experiment.model.max_length)
     asked = language(experiment, dataset, base)
     check_splits(splits, base.model, str(base.info.base))
     spec = completed(base.spec, experiment, method)

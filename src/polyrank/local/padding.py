@@ -6,23 +6,50 @@ a text's class would depend on the texts beside it. Padding on the left, or ever
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from polyrank.data import CausalSplit, TextSplit
+from polyrank.data import CausalSplit, ImageSplit, TextSplit
 from polyrank.data.padding import Padding
 from polyrank.local.base import Base
 from polyrank.local.probe import distinct
 
-TextLike = TypeVar("TextLike", TextSplit, CausalSplit)
+_log = logging.getLogger(__name__)
 
 _EXTRA = (1, 7)  # positions that a text is filled up by
 _NEAR = {torch.float32: 3e-5}
 _COARSE = 2e-2
+
+
+Split = TextSplit | ImageSplit | CausalSplit
+
+
+def filled_up(base: Base, splits: Mapping[str, Split], width: int) -> dict[str, Split]:
+    """The splits of one data set, with texts filled up so that the model does not notice; what is unusual is logged.
+
+    Args:
+        base: the model.
+        splits: the first one asks.
+        width: positions of the longest text there can be.
+    """
+    asking = next(iter(splits.values()))
+    if isinstance(asking, ImageSplit) or not len(asking):
+        return dict(splits)
+    padding = padding_of(base, asking, width)
+    if padding.side == "left":
+        _log.warning("%s: texts are filled up on the left: on the right, their logits change", base.info.base)
+    if padding.width is not None:
+        what = "a text's logits depend on how far it is filled up, so every batch has %d positions"
+        _log.warning(f"%s: {what}", base.info.base, width)
+    return {
+        name: split if isinstance(split, ImageSplit) else replace(split, padding=padding)
+        for name, split in splits.items()
+    }
 
 
 def padding_of(base: Base, data: TextSplit | CausalSplit, width: int) -> Padding:

@@ -10,6 +10,7 @@ An answer is a property of the model. It is asked for once, before anything is t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,11 +23,13 @@ from polyrank.core.rng import stream, torch_generator
 from polyrank.core.types import LocalTraining, Task
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base
-from polyrank.local.cohort import Cohort, Job
+from polyrank.local.cohort import Cohort, Job, Key
 from polyrank.local.data import Examples, Indices
 from polyrank.local.heads import owners, stackable
 from polyrank.local.layout import BATCH_FIRST, Layout
-from polyrank.local.trainer import backward
+from polyrank.local.losses import asked_alone, losses
+
+_log = logging.getLogger(__name__)
 
 POSITIONS = 32
 """Examples of about so many positions answer: few cost little, and very short texts are a case of their own."""
@@ -52,7 +55,7 @@ class Answer:
 def side_by_side(base: Base, data: Examples, dropout: float = 0.0) -> str | None:
     """Why adapters of several clients, or of several examples, cannot share a pass; None where they can.
 
-    The base then knows the layouts of its modules. What was answered before is not asked again.
+    The base then knows the layouts of its modules. What was answered before is not asked again; a no is logged, once.
 
     Args:
         base: the model.
@@ -62,6 +65,8 @@ def side_by_side(base: Base, data: Examples, dropout: float = 0.0) -> str | None
     key = dropout > 0
     if key not in base.answers:
         base.answers[key] = _answer(base, data, dropout)
+        if (reason := base.answers[key].reason) is not None:
+            _log.warning("%s: clients train one by one, and so do examples: %s", base.info.base, reason)
     base.layouts.update(base.answers[key].layouts)
     return base.answers[key].reason
 
@@ -209,9 +214,17 @@ def _job(base: Base, client: int, examples: Indices, dropout: float) -> Job:
     return Job(f"{client:03d}", task, [[examples]], client, len(examples))
 
 
-def _gradients(base: Base, data: Examples, jobs: Sequence[Job]) -> list[dict[tuple[str, str], Tensor]]:
-    """Each client's gradients in one pass over the examples of all."""
+def _gradients(base: Base, data: Examples, jobs: Sequence[Job]) -> list[dict[Key, Tensor]]:
+    """Each client's gradients in one pass over the examples of all, of which they have as many each."""
     cohort = Cohort(base, jobs)
-    with cohort.attached():
-        backward(cohort, data, 0, None, None)
+    parts = [job.steps[0][0] for job in jobs]
+    batch = data.batch(np.concatenate(parts))
+    with cohort.attached() as model:
+        if cohort.masks is not None:
+            width = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+            positions = [int(data.lengths[part].max()) for part in parts] if width else []
+            cohort.meet(list(map(len, parts)), positions, width)
+        with asked_alone(base.output, batch["labels"]):
+            logits = model(batch)
+        losses(logits, batch["labels"]).sum().backward()
         return [cohort.gradients_of(client) for client in range(len(jobs))]

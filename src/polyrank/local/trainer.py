@@ -95,7 +95,7 @@ def train_together(
             cohort.forget()
             if active < cohort.active:
                 cohort.keep(active)
-            found = backward(cohort, data, step, prefixes, meter)
+            found = _backward(cohort, data, step, prefixes, meter)
             for so_far, loss, job in zip(told, found, jobs, strict=False):
                 so_far.append(loss)
                 if not math.isfinite(loss):
@@ -163,7 +163,7 @@ def _steps(
         epoch += 1
 
 
-def backward(
+def _backward(
     cohort: Cohort, data: Examples, step: int, prefixes: Sequence[Prefix] | None, meter: Meter | None
 ) -> list[float]:
     """Gradients of one step of the clients that still train; the mean loss of each, without its penalty."""
