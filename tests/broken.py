@@ -1,4 +1,4 @@
-"""Files as users have them: what was right, with something changed. A generator decides what, the same one every time."""
+"""Files as users have them: what was right, with something changed, the same thing for the same seed."""
 
 import json
 import math

@@ -23,7 +23,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 import talking
-from broken import broken, changed
+from broken import VALUES, broken, changed, damaged
 from polyrank.cli import app
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.local.adapters import AdapterInfo, write_adapter
@@ -91,7 +91,7 @@ def digits(digits_config: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table in each format, a model that reads texts, one that sees images, and an experiment for each."""
+    """A table in each format with an experiment for it, a model that reads texts, and one that sees images."""
     folder = tmp_path_factory.mktemp("tables")
     talking.llama(folder / "llama")
     rows = [{"text": f"w{i} w{i % 5}", "label": "ab"[i % 2], "site": f"s{i % 3}"} for i in range(30)]
@@ -215,8 +215,6 @@ def test_experiments(seed: int, digits: Config, here: Path, tables: Path) -> Non
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
 def test_overrides(seed: int, digits: Config, here: Path) -> None:
     rng = Random(seed)
-    from broken import VALUES
-
     flat = list(_flat(digits))
     key = rng.choice([*flat, *(key + ".x" for key in flat), "", "fleet.9.rank", "method.aggregate.rows", "fleet", "x"])
     value = rng.choice(
@@ -258,8 +256,6 @@ def test_tables(seed: int, tables: Path, here: Path) -> None:
         (here / other).symlink_to(tables / other)
     shutil.copy(tables / f"{name}.yaml", here)
     if name == "images.parquet" and rng.random() < 0.7:
-        from broken import damaged
-
         table = pq.read_table(tables / name).to_pylist()
         row = rng.choice(table)
         row["image"] = damaged(row["image"], rng)

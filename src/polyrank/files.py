@@ -47,7 +47,7 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or isinstance(error, BrokenPipeError):
+        if error.errno is None or error.filename is not None or isinstance(error, BrokenPipeError):
             raise
         raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
 
@@ -63,8 +63,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with named(path):
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(temporary):
+            error.filename = str(path / Path(os.fsdecode(error.filename)).relative_to(temporary))
+        raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

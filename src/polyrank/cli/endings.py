@@ -25,12 +25,17 @@ def ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, ImportError) and (error.name is None or isinstance(error, ModuleNotFoundError)):
         return 2, str(error)  # a package that is not installed
     if isinstance(error, OSError):
-        return (1 if error.errno in _FULL else 2), failure(error)
+        return (1 if error.errno in _FULL else 2), _noted(error, failure(error))
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     ):
-        return 1, f"out of memory: {error}" if str(error) else "out of memory"
+        return 1, _noted(error, f"out of memory: {error}" if str(error) else "out of memory")
     return None
+
+
+def _noted(error: BaseException, message: str) -> str:
+    """The message, and what whoever knew more has added to the error."""
+    return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def failure(error: OSError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +46,9 @@ def resume(
         stored = Run.open(folder)
         finished = stored.summary()
         if finished is None:
-            _drive(Session(stored), quiet, json_)
+            with stored.resumable():
+                session = Session(stored)
+            _drive(session, quiet, json_)
         else:
             report(stored, finished, quiet, json_)
 
@@ -60,7 +63,7 @@ def _drive(session: Session, quiet: bool, json_: bool) -> None:
         if not silent:
             out.say(headline(session))
         rounds, done = session.course.rounds, session.state.round
-        with Progress(out, rounds, done, silent=silent).shown() as progress, session.logs:
+        with session.run.resumable(), Progress(out, rounds, done, silent=silent).shown() as progress, session.logs:
             session.listeners.append(progress.told)
             for record, seconds in session.rounds():
                 progress.add(asdict(record), seconds)
@@ -69,7 +72,7 @@ def _drive(session: Session, quiet: bool, json_: bool) -> None:
             summary = session.finish()
     except KeyboardInterrupt:
         done, folder = session.state.round, session.run.folder
-        err.say(f"interrupted after round {done}; continue with: polyrank resume {folder}")
+        err.say(f"interrupted after round {done}; continue with: polyrank resume {shlex.quote(str(folder))}")
         raise typer.Exit(130) from None
     report(session.run, summary, quiet, json_)
 

@@ -178,7 +178,9 @@ def begin(
         overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     experiment = on_this_machine(load_experiment(path, list(overrides)))
     world = build(experiment)
-    return Session(Run.create(Path(out) if out is not None else free_folder(path.stem), experiment), world)
+    made = Run.create(Path(out) if out is not None else free_folder(path.stem), experiment)
+    with made.resumable():
+        return Session(made, world)
 
 
 def _labelled(folder: Path) -> Iterator[Labelled]:

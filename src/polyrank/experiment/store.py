@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from safetensors.torch import save
 
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.types import RoundRecord, ServerState
-from polyrank.errors import InputError
+from polyrank.errors import InputError, TrainingError
 from polyrank.experiment import shapes
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.loading import parse
@@ -65,6 +67,17 @@ class Run:
         if not (folder / "experiment.yaml").is_file():
             raise RunError(f"{folder}: no run here (a run's folder has experiment.yaml)")
         return cls(folder)
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Lets errors inside that more room on a disk or in memory would mend say how the run goes on."""
+        try:
+            yield
+        except (OSError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, TrainingError):
+                again = f"polyrank resume {shlex.quote(str(self.folder))}"
+                error.add_note(f"what is done is kept; when there is room, continue with: {again}")
+            raise
 
     def experiment(self) -> Experiment:
         """The resolved experiment."""
