@@ -1,4 +1,4 @@
-"""Files as users have them: what was right, with something changed, the same thing for the same seed."""
+"""Files as users have them: what was right, with something changed, by a generator: the same every time."""
 
 import json
 import math
