@@ -193,8 +193,8 @@ class Site:
             agree(held.prompting, asked.get("prompting"), self.path)
         base = load_base(config, kind, classes, self.device, stream(0, "head"))  # the server sends the head
         split = preparer(config, kind, held.prompting)(source)
-        split = filled_up(base, {"data": split}, config.max_length)["data"]
         check_splits({"data": split}, base.model, str(base.info.base), str(self.path))
+        split = filled_up(base, {"data": split}, config.max_length)["data"]
         if isinstance(split, CausalSplit):
             warn_of_silent(split, f"{self.path}: data", config.max_length)
         return base, split

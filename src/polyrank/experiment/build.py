@@ -237,10 +237,10 @@ def _ground(experiment: Experiment) -> _Ground:
     for name, split in splits.items():
         if isinstance(split, CausalSplit):
             warn_of_silent(split, name, experiment.model.max_length)
-    if not experiment.local.pack:
-        splits = filled_up(base, splits, experiment.model.max_length)
     asked = language(experiment, dataset, base)
     check_splits(splits, base.model, str(base.info.base))
+    if not experiment.local.pack:
+        splits = filled_up(base, splits, experiment.model.max_length)
     spec = completed(base.spec, experiment, method)
     return _Ground(base, spec, rank, method, shares, splits, asked)
 

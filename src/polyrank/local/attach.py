@@ -244,7 +244,7 @@ class Masks:
         for client, count in enumerate(rows):
             self.calls[client] += count > 0
 
-    def drop(self, name: str, x: Tensor, layout: Layout) -> Tensor:
+    def drop(self, name: str, x: Tensor, layout: Layout = BATCH_FIRST) -> Tensor:
         """`x` with dropped elements zero; what is kept is not scaled."""
         dropped = torch.zeros(x.shape, dtype=torch.bool)
         for client, own in enumerate(self._parts(dropped, layout)):
