@@ -16,11 +16,12 @@ from verdicts import cells, lines, verdict
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_is_made_of_the_records() -> None:
-    spec = importlib.util.spec_from_file_location("performance", ROOT / "docs" / "performance.py")
-    performance = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(performance)
-    assert performance.page() == (ROOT / "docs" / "performance.md").read_text(), "run: python docs/performance.py"
+@pytest.mark.parametrize("name", ["performance", "methods"])
+def test_the_page_is_made_of_the_records(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == (ROOT / "docs" / f"{name}.md").read_text(), f"run: python docs/{name}.py"
 
 
 @pytest.mark.parametrize(

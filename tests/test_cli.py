@@ -379,7 +379,8 @@ def test_merge_is_the_exact_mean_over_those_that_hold_a_layer(adapters: list[Pat
     found = deltas(here / "out")
     torch.testing.assert_close(found["m.a"], weighted_mean({1: one["m.a"], 2: two["m.a"], 5: three["m.a"]}))
     torch.testing.assert_close(found["m.b"], weighted_mean({1: one["m.b"], 2: two["m.b"]}))
-    assert printed == [{"folder": "out", "ranks": {"m.a": 7, "m.b": 5}}]
+    lacking = f"{adapters[2]}: lacks 1 of 2 layers (m.b); the others alone decide"
+    assert printed == [{"folder": "out", "ranks": {"m.a": 7, "m.b": 5}, "notes": [lacking]}]
     adapter, info = read_adapter(here / "out")
     torch.testing.assert_close(adapter.dense["head.weight"], torch.full((2, 3), 12 / 8, dtype=torch.float64))
     assert info == AdapterInfo("tiny", "SEQ_CLS", False, ("head",))

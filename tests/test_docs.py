@@ -87,6 +87,25 @@ def test_doctests(path: Path) -> None:
     assert doctest.testmod(module, optionflags=options).failed == 0
 
 
+PROSE = re.compile(r"(`{3,}).*?\1|`[^`]*`", re.DOTALL)  # what is not prose
+OPEN = re.compile(r"\b(TODO|TBD|XXX|FIXME|[A-Z][A-Z0-9]+_[A-Z0-9_]+)\b|\{\{|\}\}|\?\?\?")
+
+
+def unfilled(text: str) -> list[str]:
+    """What somebody meant to fill in later: in prose, names in capitals stand for figures that are not there."""
+    return [place[0] for place in OPEN.finditer(PROSE.sub("", text))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_a_page_has_no_unfilled_places(page: Path) -> None:
+    assert unfilled(page.read_text()) == []
+
+
+def test_unfilled_places_are_found() -> None:
+    text = "It takes FLEX_4096 s.\n| krum | KR_1024 s | {{ seconds }} |\nTODO: why\n```sh\nA_B=1 # XXX\n```\nSet `C_D`."
+    assert unfilled(text) == ["FLEX_4096", "KR_1024", "{{", "}}", "TODO"]
+
+
 PAGE = """\
 ```python
 a = 1

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 from typer.testing import CliRunner
 
 from polyrank.cli import app
@@ -26,6 +25,7 @@ from polyrank.engines.events import Answered, Asked, Event, Phase
 from polyrank.experiment.session import Session
 from polyrank.experiment.store import Run
 from polyrank.report.progress import Progress
+from polyrank.report.screen import Screen
 from sittings import Config, contents, finished, started
 
 COMMAND = [sys.executable, "-m", "polyrank.cli"]
@@ -52,8 +52,8 @@ def text(progress: Progress) -> str:
     return captured.get()
 
 
-def terminal(height: int = 24) -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=100, height=height, color_system=None)
+def terminal(height: int = 24) -> Screen:
+    return Screen(file=io.StringIO(), force_terminal=True, width=100, height=height, color_system=None)
 
 
 # --- what the run tells
@@ -158,7 +158,7 @@ def test_time_left_follows_the_median_round_and_in_the_first_its_clients(monkeyp
 
 
 def test_elsewhere_a_round_is_a_line_and_nothing_else_is() -> None:
-    console = Console(file=io.StringIO(), width=200)
+    console = Screen(file=io.StringIO(), width=200)
     with Progress(console, 2, 0).shown() as progress:
         progress.told(Asked(0, {"a": ""}, {"a": 1}))
         progress.told(Answered("a", 1.0, 1, None))

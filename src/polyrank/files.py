@@ -1,4 +1,4 @@
-"""Files that are either there whole or not at all."""
+"""Files that are either there whole or not at all, and what they hold as plain values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+_DEEPEST, _MOST = 100, 10_000_000  # of plain values: levels, and values in all
+
 TEMPORARY = ".*.tmp"
 """Names of files that are being written, or were when their process died."""
 
@@ -19,7 +23,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -27,6 +31,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def append_line(path: Path, text: str) -> None:
+    """Adds a line to a file, and flushes it to disk."""
+    with named(path), open(path, "a") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of the system inside name the file: those of writing, as to a full disk, name none by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None or isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
 
 
 @contextmanager
@@ -40,8 +63,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with named(path):
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(temporary):
+            error.filename = str(path / Path(os.fsdecode(error.filename)).relative_to(temporary))
+        raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -54,10 +83,60 @@ def sweep(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode())
+    """`write_bytes`, in UTF-8; what that cannot hold, bytes of a path for example, stands as its escape."""
+    write_bytes(path, encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """Text as UTF-8, with escapes for what it cannot hold."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes`, as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def from_json(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: if it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def from_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: if it is not YAML, nested too deeply, or unfolds, by its anchors, to more than anybody writes.
+    """
+    try:
+        value = yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of a tag that does not fit its value
+        raise ValueError(f"a value does not fit its tag: {error}") from None
+    _check_size(value)
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Refuses what is nested too deeply, contains itself, or is written with few signs and endless all the same."""
+    level, depth, count = [value], 0, 0
+    while level:
+        depth, count = depth + 1, count + len(level)
+        if depth > _DEEPEST or count > _MOST:
+            raise ValueError("nested too deeply" if depth > _DEEPEST else "holds too many values")
+        level = [
+            inner
+            for node in level
+            if isinstance(node, dict | list)
+            for inner in (node.values() if isinstance(node, dict) else node)
+        ]

@@ -177,6 +177,27 @@ def test_what_an_optimizer_cannot_reach_is_refused() -> None:
     assert reachable(task, 4) == pytest.approx(0.01 * math.sqrt(values), rel=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("examples", "steps"), [(1, 1), (3, 1), (4, 1), (5, 2), (7, 2), (8, 2), (9, 3)])
+def test_a_part_of_a_batch_is_a_step(examples: int, steps: int, optimizer: str) -> None:
+    """As a data loader has it, which drops nothing: batches of 4."""
+    local = replace(LOCAL, optimizer=optimizer, batch=4, clip=1.0, steps=None, epochs=1)
+    loader = torch.utils.data.DataLoader(range(examples), batch_size=4)
+    assert len(loader) == steps
+    counted = task_of(adapter_of(0), replace(local, steps=steps))
+    assert reachable(task_of(adapter_of(0), local), examples) == reachable(counted, examples) > 0
+    twice = replace(local, epochs=2, accumulate=2)
+    rounded = -(-examples // 8)  # passes that are accumulated make one step, and a part of them makes one, too
+    counted = task_of(adapter_of(0), replace(local, steps=2 * rounded))
+    assert reachable(task_of(adapter_of(0), twice), examples) == reachable(counted, examples)
+
+
+def test_a_client_of_fewer_examples_than_a_batch_is_not_refused() -> None:
+    sent = adapter_of(0)
+    trained = Update("a", shifted(sent, 0.0099), 1)
+    assert judged(Gate(reach=True), {"a": task_of(sent)}, [trained]) == (["a"], {})
+
+
 # --- the measures
 
 

@@ -156,7 +156,7 @@ def test_what_runs(folder: Path, plan: str, expected: tuple[str, int]) -> None:
 
 def test_a_file_that_is_no_experiment_is_said_to_be_none(folder: Path) -> None:
     (folder / "experiment.yaml").write_text("nothing")
-    with pytest.raises(InputError, match=r"experiment\.yaml: not an experiment"):
+    with pytest.raises(InputError, match=r"experiment\.yaml: not a resolved experiment"):
         Following(folder).rounds()
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from rich.console import Console
 from typer.testing import CliRunner
 
 from local.test_prompts import WORDS, tokenizer
@@ -22,6 +21,7 @@ from polyrank.data.source import DataError
 from polyrank.experiment.store import Run
 from polyrank.report.gather import gather
 from polyrank.report.page import page
+from polyrank.report.screen import Screen
 from polyrank.report.tables import summarise
 from polyrank.report.terminal import results_table
 
@@ -176,7 +176,7 @@ def test_the_report_is_of_nats_per_token(finished: tuple[Path, dict[str, Any]], 
     assert summary["final"]["clients"].keys() == gathered.runs[0].rounds[-1].clients.keys()
     worst = max(own["loss"] for own in summary["final"]["clients"].values())
     assert table.rows[0].values["worst"].mean == worst
-    shown = Console(width=200, file=io.StringIO())
+    shown = Screen(width=200, file=io.StringIO())
     shown.print(results_table(summary))
     printed_table = shown.file.getvalue()
     assert "test loss, nats per token" in printed_table

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from polyrank.core.federate import sample
-from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.core.lowrank import Adapter, LowRank, delta
 from polyrank.core.rng import stream
 from polyrank.core.types import ServerState
 from polyrank.experiment.build import build
 from polyrank.experiment.config import ConfigError
 from polyrank.experiment.exported import exported
+from polyrank.experiment.forecast import forecast
 from polyrank.experiment.regimes import EVERYBODY
 from polyrank.experiment.session import Session
 from polyrank.experiment.shares import share_data
@@ -376,6 +377,21 @@ def test_a_run_starts_from_an_adapter(tmp_path: Path, config: Config) -> None:
     assert first["before"]["test"] != first["final"]["test"]
 
 
+def test_a_start_means_what_its_config_says(whole: Path, config: Config, tmp_path: Path) -> None:
+    given, info = read_adapter(whole / "adapter")
+    nested = Adapter({f"language_model.{name}": x for name, x in given.layers.items()}, given.dense)
+    write_adapter(tmp_path / "a", nested, info)
+    config["model"] |= {"adapter": str(tmp_path / "a")}
+    state = build(experiment_of(config)).start
+    for name, x in given.layers.items():
+        torch.testing.assert_close(delta(state.adapter.layers[name]), delta(x))
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
+    for looks in (forecast, build):
+        with pytest.raises(AdapterError, match="init_lora_weights = 'pissa' is more than a plain LoRA"):
+            looks(experiment_of(config))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -389,9 +405,10 @@ def test_adapters_that_do_not_fit_are_refused(
 ) -> None:
     config["model"] |= {"adapter": str(whole / "adapter"), **change}
     config["fleet"] = [{"rank": 2}]
-    with pytest.raises(AdapterError) as refused:
-        build(experiment_of(config))
-    assert message in str(refused.value)
+    for looks in (forecast, build):  # the plan loads no weights, and sees it too
+        with pytest.raises(AdapterError) as refused:
+            looks(experiment_of(config))
+        assert message in str(refused.value)
     given, info = read_adapter(whole / "adapter")
     write_adapter(tmp_path / "a", Adapter(given.layers, {"classifier.bias": torch.ones(3)}), info)
     config["model"] |= {"adapter": str(tmp_path / "a"), "rank": 4, "targets": ["q_proj", "v_proj"]}

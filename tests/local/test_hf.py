@@ -506,7 +506,7 @@ FIRST = "base_model__model__layer__0__lora_"
         (lambda f: set_config(f, use_dora=True), "use_dora = True is more than a plain LoRA"),
         (lambda f: set_config(f, bias="lora_only"), "bias = 'lora_only' is more than a plain LoRA"),
         (lambda f: set_config(f, peft_type="IA3"), "peft_type must be LORA"),
-        (lambda f: set_config(f, r=0), "r must be a positive number, got 0"),
+        (lambda f: set_config(f, r=0), "r must be a positive whole number, got 0"),
         (lambda f: set_config(f, lora_alpha="8"), "lora_alpha must be a positive number, got '8'"),
         (lambda f: set_config(f, rank_pattern={}, r=2), "layer layer.0 has rank 1, but adapter_config.json says 2"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: not JSON"),
@@ -521,8 +521,14 @@ FIRST = "base_model__model__layer__0__lora_"
         (lambda f: set_tensor(f, **{f"{FIRST}B__weight": torch.full((3, 1), torch.inf)}), "layer.0 holds NaN or inf"),
         (lambda f: set_tensor(f, **{f"{FIRST}A__weight": None}), "layer.0 has lora_B only"),
         (lambda f: set_tensor(f, **{f"{FIRST}A__weight": torch.ones(2, 4)}), "do not fit"),
-        (lambda f: set_tensor(f, **{f"{FIRST}magnitude_vector": torch.ones(3)}), "is not a factor of a plain LoRA"),
-        (lambda f: set_tensor(f, base_model__model__head__weight=torch.full((2,), torch.nan)), "head.weight holds NaN"),
+        (lambda f: set_tensor(f, **{f"{FIRST}magnitude_vector": torch.ones(3)}), "is no factor of a plain LoRA"),
+        (
+            lambda f: (
+                set_config(f, modules_to_save=["head"]),
+                set_tensor(f, base_model__model__head__weight=torch.full((2,), torch.nan)),
+            ),
+            "head.weight holds NaN",
+        ),
     ],
 )
 def test_folders_that_are_no_plain_lora_are_refused(

@@ -263,7 +263,7 @@ def test_peft_has_no_lokr_for_conv1d(tmp_path: Path, tiny_model: Models) -> None
         ({"alpha": None}, "alpha must be a positive number, got None"),
         ({"r": 3}, "has factors of rank 2, but adapter_config.json says 3"),
         ({"peft_type": "LOHA"}, "peft_type must be LORA or LOKR"),
-        ({"peft_type": "LORA", "lora_alpha": 1}, "is not a factor of a plain LoRA"),
+        ({"peft_type": "LORA", "lora_alpha": 1}, "is more than a plain LoRA: polyrank does not know this key"),
     ],
 )
 def test_what_is_no_plain_lokr_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from local.test_causal import model_of
 from local.test_prompts import tokenizer
 from polyrank.data.choices import Question
 from polyrank.data.source import DataError, Turn
-from polyrank.local.prompter import Prompter, positions
+from polyrank.local.lengths import positions
+from polyrank.local.prompter import Prompter
 
 ASKED = Question("Add {x} and y", "x = 1", "It is ", ("2", "x and y"), 0, "sums")
 

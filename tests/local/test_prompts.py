@@ -125,7 +125,7 @@ def test_tokenizers_without_special_tokens(tmp_path: Path, begins: bool, ends: b
     assert tokens == ["<s>"] * begins + ["Say", "hi", "Hi"] + ["</s>"] * ends
     assert found == ["Hi"] + ["</s>"] * ends
     padding = causal_processor(name, 64, Prompting("plain")).pad_id
-    assert padding == (1 + begins if ends else 0)  # the end of text pads, where nothing else does
+    assert padding == (1 + begins if ends else int(begins))  # the end of text pads, or its start
 
 
 def test_a_chat_template_says_where_the_answer_begins(tmp_path: Path) -> None:

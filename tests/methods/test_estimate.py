@@ -129,6 +129,25 @@ def test_more_of_anything_never_lowers_a_rank(
         assert all(after[client].rank >= before[client].rank for client in fleet)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 7, 31])
+@pytest.mark.parametrize("model", MODELS, ids=["deit", "bert", "llama", "gpt2"])
+def test_what_fits_exactly_fits(model: ModelSpec, rank: int) -> None:
+    """To the byte and to the bit: a budget of what the rank takes is enough, and one less is not."""
+    rank = min(rank, model.full_rank)
+    ranks = dict.fromkeys(model.modules, rank)
+    need = {
+        "memory": memory(model, LOCAL, ranks, "AB").total,
+        "uplink": 8 * upload_bytes(model, ranks, "AB"),
+        "downlink": 8 * download_bytes(model, ranks),
+    }
+    for part, value in need.items():
+        exact, less = (ClientProfile(1, **{part: amount}) for amount in (value, value - 1))
+        found = least({"exact": exact, "less": less}, model, LOCAL)
+        assert (found["exact"].rank, found["less"].rank) == (rank, rank - 1), part
+        (limit,) = found["exact"].limits
+        assert limit.need == value
+
+
 def test_an_infinite_link_leaves_memory_binding() -> None:
     fast = {c: replace(p, uplink=float("inf"), downlink=float("inf")) for c, p in PAPER.items()}
     budgets = least(fast, DEIT, LOCAL)

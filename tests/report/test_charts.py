@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from polyrank.methods.named import METHODS
 from polyrank.report import charts
+from polyrank.report.charts.curves import client_spread, worst_client
 from polyrank.report.charts.outcomes import pareto
 from polyrank.report.charts.shapes import Chart, Heat, Lines, scaled, thinned
 from polyrank.report.gather import Gathered, gather
+from polyrank.report.goal import ACCURACY, NATS
 from polyrank.report.paper import drawn
 from polyrank.report.styles import COLORS, style_of
 from polyrank.report.tables import summarise
@@ -63,6 +66,34 @@ def test_curves_are_means_over_seeds(study: Gathered) -> None:
     np.testing.assert_allclose(line.y, accuracy.mean(axis=0))
     np.testing.assert_allclose(line.spread, accuracy.std(axis=0, ddof=1))
     np.testing.assert_allclose(np.array(line.x) / line.x[-1], sent.mean(axis=0) / sent.mean(axis=0)[-1])
+
+
+def of_clients(study: Gathered, label: str, key: str) -> np.ndarray:
+    """What clients have on their own data, as the files say: seeds x rounds x clients."""
+    entry = next(entry for entry in study.entries if entry.label == label)
+    texts = [(run.folder / "rounds.jsonl").read_text() for run in entry.runs]
+    lines = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    return np.array([[[own[key] for own in line["client_metrics"].values()] for line in run] for run in lines])
+
+
+@pytest.mark.parametrize("label", ["single", "hralora", "fedit"])
+def test_worst_client_and_spread_are_those_of_the_records(study: Gathered, label: str) -> None:
+    """Over seeds: the worst one has the least accuracy; the spread is over clients."""
+    made, accuracy = charts_of(study), of_clients(study, label, "accuracy")
+    assert (accuracy.min(axis=2) < accuracy.max(axis=2)).all()
+    for key, value in (("worst_client", accuracy.min(axis=2)), ("client_spread", accuracy.std(axis=2))):
+        line = next(line for line in made[key].lines if line.label == label)
+        np.testing.assert_allclose(line.y, value.mean(axis=0))
+        np.testing.assert_allclose(line.spread, value.std(axis=0, ddof=1))
+
+
+def test_of_language_models_the_worst_client_has_the_highest_loss() -> None:
+    losses = {"a": 2.5, "b": 3.5, "c": 1.0}
+    round_ = SimpleNamespace(clients=losses)
+    assert worst_client(NATS)(round_) == 3.5
+    assert worst_client(ACCURACY)(round_) == 1.0
+    assert client_spread(round_) == pytest.approx(np.std([2.5, 3.5, 1.0]))
+    assert worst_client(NATS)(SimpleNamespace(clients={})) is None
 
 
 def test_only_what_sends_is_drawn_over_bytes(study: Gathered) -> None:

@@ -95,13 +95,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         gather([tmp_path / "nothing"])
     run = write_run(tmp_path / "run", "fedit")
     (run / "rounds.jsonl").write_text('{"round": 0}\n')
-    with pytest.raises(InputError, match=r"rounds.jsonl: line 1 is not the record of a round: KeyError\('ranks'\)"):
+    with pytest.raises(InputError, match=r"rounds.jsonl: line 1 is not the record of a round: factors: missing"):
         gather([run])
     (run / "experiment.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match=r"experiment\.yaml: not a resolved experiment"):
         gather([run])
     (tmp_path / "study.json").write_text(json.dumps({"name": "x", "cells": [{}]}))
-    with pytest.raises(InputError, match=r"study\.json: not a study"):
+    with pytest.raises(InputError, match=r"study\.json: cells\.0\.run: missing"):
         gather([tmp_path])
     (tmp_path / "study.json").write_text(json.dumps({"name": "x", "cells": []}))
     with pytest.raises(InputError, match="no runs yet"):

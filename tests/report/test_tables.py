@@ -134,7 +134,7 @@ def test_formats_hold_the_same_numbers(tmp_path: Path) -> None:
 def test_names_cannot_break_a_format() -> None:
     row = Row("a|b_c & <i>", "100% {x}\\y", "1", {"final": over_seeds([0.5])}, None)
     table = Table(tables.columns_for(ACCURACY)[:1], (row,))
-    assert r"| a\|b_c & <i> | 100% {x}\y | 1 | 50.00 |" in tables.markdown(table)
+    assert r"| a\|b_c &#38; &#60;i&#62; | 100% {x}\\y | 1 | 50.00 |" in tables.markdown(table)
     assert r"a|b\_c \& <i> & 100\% \{x\}\textbackslash{}y & 1 & 50.00 \\" in tables.latex(table)
     assert next(csv.DictReader(io.StringIO(tables.as_csv(table))))["method"] == "a|b_c & <i>"
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+import tempfile
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from polyrank import __version__
 from polyrank.experiment.embedded import embedded as embedded
+from polyrank.report.screen import Screen
+
+FAULT = "a fault of polyrank itself"
+"""The words that tell an error nobody has foreseen from a user's mistake."""
 
 app = typer.Typer(
     name="polyrank",
@@ -21,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out, err = Console(), Console(stderr=True)
+out, err = Screen(), Screen(stderr=True)
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key, for example --set rounds=5. Repeatable.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
@@ -29,21 +37,59 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 
 
 def main() -> None:
-    """The entry point. Mistakes in the input end in one message and exit code 2, an interrupt in 130."""
+    """The entry point. Mistakes in the input end in one message and exit code 2, an interrupt in 130.
+
+    A fault of polyrank itself ends in a message, too, and exit code 1; its traceback is in a file. With
+    ``POLYRANK_TRACEBACK=1`` in the environment it is printed instead.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know no letters but ASCII's
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            app()
+    except Exception as error:
+        if os.environ.get("POLYRANK_TRACEBACK"):
+            raise
+        raise SystemExit(_fault(error)) from None
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    err.say(f"warning: {message}")
+
+
+def _fault(error: Exception) -> int:
+    """Tells of an error that nobody has foreseen, and where its traceback is; returns the exit code."""
+    from polyrank.cli.endings import ending
+
+    code, message = ending(error) or (1, None)
+    if message is None:
+        what = f"{FAULT}: {type(error).__name__}: {error}"
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="polyrank-", suffix=".txt", delete=False) as file:
+                traceback.print_exception(error, file=file)
+            message = f"{what}\nplease report it with {file.name}, which has the traceback"
+        except OSError:
+            message = f"{what}\nplease report it with what POLYRANK_TRACEBACK=1 prints"
+    err.error(message)
+    return code
 
 
 @contextmanager
 def mistakes() -> Iterator[None]:
-    """Turns errors that the user can mend into a message and exit code 2."""
-    from polyrank.errors import InputError, TrainingError
-
+    """Turns errors that the user can mend into a message and an exit code."""
     try:
         yield
-    except (InputError, TrainingError, ImportError, OSError) as error:
-        err.print(f"[red]error:[/] {plain(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
+    except (ValueError, RuntimeError, ImportError, OSError, MemoryError) as error:
+        from polyrank.cli.endings import ending
+
+        if (found := ending(error)) is None:
+            raise
+        code, message = found
+        err.error(message)
+        raise typer.Exit(code) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -72,8 +118,3 @@ def numbers(
     if count is not None and len(values) != count:
         raise ConfigError(f"{option}: {len(values)} numbers for {count} adapters")
     return values
-
-
-def plain(text: str) -> str:
-    """Text in which brackets are no markup."""
-    return text.replace("[", "\\[")

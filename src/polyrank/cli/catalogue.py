@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from polyrank.cli.app import Json, app, mistakes, out, plain
+from polyrank.cli.app import Json, app, mistakes, out
+from polyrank.report.screen import Rows
 
 
 @app.command("list")
@@ -19,20 +20,20 @@ def list_(
 ) -> None:
     """List the entries of a table, each with a line and its source."""
     with mistakes():
+        from rich.text import Text
+
         from polyrank.experiment.catalogue import entries
 
         found = entries(table)
         if json_:
             print(json.dumps(found))
             return
-        from rich.table import Table
-
-        shown = Table(box=None, padding=(0, 2, 0, 0))
+        shown = Rows()
         shown.add_column(table)
         shown.add_column("")
         for entry in found:
-            source = "" if entry["reference"] in entry["description"] else f"\n[dim]{plain(entry['reference'])}[/]"
-            shown.add_row(entry["name"], plain(entry["description"]) + source)
+            source = "" if entry["reference"] in entry["description"] else f"\n{entry['reference']}"
+            shown.add_row(entry["name"], Text.assemble(entry["description"], (source, "dim")))
         out.print(shown)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, numbers, out, plain
+from polyrank.cli.app import Json, Quiet, Set, app, embedded, err, mistakes, numbers, out
+from polyrank.report.screen import Rows
 
 if TYPE_CHECKING:
     from polyrank.experiment.config import StudyConfig
@@ -44,20 +45,18 @@ def compare(
             return
         due, total = len(study.due()), len(study.cells)
         if not (quiet or json_):
-            out.print(f"{total} runs in {where}, {total - due} of them done", highlight=False, soft_wrap=True)
+            out.say(f"{total} runs in {where}, {total - due} of them done")
         failed = 0
         try:
             for count, (cell, found) in enumerate(run_study(study, jobs), total - due + 1):
-                name = plain(cell.folder.relative_to("runs").as_posix())
+                name = cell.folder.relative_to("runs").as_posix()
                 if isinstance(found, str):
                     failed += 1
-                    err.print(
-                        f"{count}/{total}  {name}: [red]error:[/] {plain(found)}", highlight=False, soft_wrap=True
-                    )
+                    err.error(found, before=f"{count}/{total}  {name}: ")
                 elif not (quiet or json_):
-                    out.print(f"{count}/{total}  {name}: {_reached(found)}", highlight=False, soft_wrap=True)
+                    out.say(f"{count}/{total}  {name}: {_reached(found)}")
         except KeyboardInterrupt:
-            err.print("interrupted; the same command goes on from here", soft_wrap=True)
+            err.say("interrupted; the same command goes on from here")
             raise typer.Exit(130) from None
         if json_:
             summaries = {cell.folder.as_posix(): study.run_of(cell).summary() for cell in study.cells}
@@ -96,30 +95,26 @@ def _reached(summary: dict[str, Any]) -> str:
 
 def _table(folder: Path) -> None:
     """What the study has shown so far, the best mean first."""
-    from rich.table import Table
-
     from polyrank.report.gather import gather
     from polyrank.report.tables import ordering, summarise, title, written
 
     found = summarise(gather([folder]))
     columns = [column for column in found.columns if column.key in ("final", "selected", "up", "down")]
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Rows()
     table.add_column("")
     for name in ("seeds", *map(title, columns)):
         table.add_column(name, justify="right")
     for row in found.rows:
         cells = [written(column.kind, row.values.get(column.key)) for column in columns]
-        table.add_row(plain(row.label), row.seeds, *cells)
+        table.add_row(row.label, row.seeds, *cells)
     out.print(table)
     for sentence in ordering(found):
-        out.print(plain(sentence), highlight=False, soft_wrap=True)
-    out.print(f"mean ± standard deviation over seeds; the page: polyrank report {folder}", highlight=False)
+        out.say(sentence)
+    out.say(f"mean ± standard deviation over seeds; the page: polyrank report {folder}")
 
 
 def _plan(study: Study, json_: bool) -> None:
     """What would be run: a row for each label and setting, with what one run of it costs."""
-    from rich.table import Table
-
     from polyrank.experiment.study import cost
     from polyrank.report.terminal import size
 
@@ -132,15 +127,15 @@ def _plan(study: Study, json_: bool) -> None:
     if json_:
         print(json.dumps({"study": str(study.folder), "cells": rows}))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Rows()
     for name in ("run", "seeds", "done", "up", "down", "largest client"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for name, row in rows.items():
         peak = "-" if row["peak_memory"] is None else size(row["peak_memory"])
         up, down = size(row["bytes_up"]), size(row["bytes_down"])
-        table.add_row(plain(name), str(row["runs"]), str(row["done"]), up, down, peak)
+        table.add_row(name, str(row["runs"]), str(row["done"]), up, down, peak)
     out.print(table)
     due = len(study.due())
     finished = [s["wall_seconds"] for cell in study.cells if (s := study.run_of(cell).summary()) is not None]
     left = f", about {sum(finished) / len(finished) * due:.0f} s of rounds" if finished else ""
-    out.print(f"{due} of {len(study.cells)} runs to do{left}; bytes and memory are of one run", highlight=False)
+    out.say(f"{due} of {len(study.cells)} runs to do{left}; bytes and memory are of one run")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.cli.app import Json, app, mistakes, out, plain
+from polyrank.cli.app import Json, app, mistakes, out
+from polyrank.report.screen import Rows
 
 if TYPE_CHECKING:
     from polyrank.deploy.layout import Deployment
@@ -164,19 +165,17 @@ def status(folder: Place, json_: Json = False) -> None:
         if json_:
             print(json.dumps(found))
             return
-        from rich.table import Table
-
-        shown = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        shown = Rows(show_header=False)
         for name, pid in found["processes"].items():
             shown.add_row("process", name, f"pid {pid}" if pid else "does not run")
         for name, state in found.get("nodes", {}).items():
             shown.add_row("node", name, state)
         for entry in found.get("runs", []):
-            shown.add_row("run", entry["id"], entry["status"], plain(entry["folder"]))
+            shown.add_row("run", entry["id"], entry["status"], entry["folder"])
         if "healthy" in found:
             shown.add_row("server", "answers" if found["healthy"] else "does not answer")
             shown.add_row("certificate", f"valid for {found['certificate_days']} days")
-        out.print(shown, highlight=False)
+        out.print(shown)
 
 
 @deploy.command()
@@ -198,7 +197,7 @@ def logs(
             else:
                 shown = written(place, who, lines) if follow else last(place, who, lines)
             for line in shown:
-                print(line, flush=follow)
+                out.say(line)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
@@ -233,4 +232,4 @@ def answering(folder: Path) -> Deployment:
 
 def say(text: str) -> None:
     """Prints a line as it is."""
-    out.print(plain(text), highlight=False, soft_wrap=True)
+    out.say(text)

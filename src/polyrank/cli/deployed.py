@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polyrank.cli.app import Json, Quiet, Set, embedded, err, out, plain
+from polyrank.cli.app import Json, Quiet, Set, embedded, err, out
 from polyrank.cli.deploy import Server, Telemetry, answering, deploy, flower, say
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def join(
         if foreground:
             return
         if joining.connected(node, wait) is None:
-            err.print(plain(tail(node.logs / "supernode.log")), highlight=False, soft_wrap=True)
-            err.print(f"{node.name}: not connected after {wait:g} s, and goes on trying", highlight=False)
+            err.print(tail(node.logs / "supernode.log"), soft_wrap=True)
+            err.say(f"{node.name}: not connected after {wait:g} s, and goes on trying")
             raise typer.Exit(1)
         say(f"{node.name}: connected to {superlink or node.superlink}")
 
@@ -137,7 +137,7 @@ def demo(
         summary = found.run.summary()
         if not found.outcome.completed or summary is None:
             for line in found.outcome.errors:
-                err.print(plain(line), highlight=False, soft_wrap=True)
+                err.say(line)
             raise DeployError(f"{found.outcome}; logs are in {folder}/logs and {folder}/nodes/NAME/logs")
         out.print(results_table(summary))
         if not found.equal:
@@ -162,18 +162,16 @@ def drive(found: Deployment, stored: Run, quiet: bool, json_: bool) -> None:
         with Progress(out, stored.experiment().rounds, done, silent=silent).shown() as progress:
             outcome = follow.drive(found, stored, progress, say=tell)
     except KeyboardInterrupt:
-        err.print(
+        err.say(
             f"no longer followed; the run goes on. `polyrank deploy resume {found.folder} {stored.folder}` follows it "
-            f"again, `polyrank deploy stop {found.folder} {stored.folder}` stops it",
-            highlight=False,
-            soft_wrap=True,
+            f"again, `polyrank deploy stop {found.folder} {stored.folder}` stops it"
         )
         raise typer.Exit(130) from None
     summary = stored.summary()
     if not outcome.completed or summary is None:
         for line in outcome.errors:
-            err.print(plain(line), highlight=False, soft_wrap=True)
+            err.say(line)
         again = f"`polyrank deploy resume {found.folder} {stored.folder}` continues it"
-        err.print(f"[red]error:[/] {plain(str(outcome))}; {again}", highlight=False, soft_wrap=True)
+        err.error(f"{outcome}; {again}")
         raise typer.Exit(1)
     report(stored, summary, quiet, json_)

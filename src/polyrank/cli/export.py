@@ -61,7 +61,7 @@ def export(
             print(json.dumps(found))
             return
         for line in _lines(found):
-            out.print(line, highlight=False, soft_wrap=True)
+            out.say(line)
 
 
 def _outcome(export: Export, folder: Path, address: str | None) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def _outcome(export: Export, folder: Path, address: str | None) -> dict[str, Any
         "error": export.cut.overall,
         "worst": {"layer": worst, "error": error},
         "errors": dict(export.cut.errors),
+        "verified": export.verified,
         "pushed": address,
     }
 
@@ -86,5 +87,5 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if found["error"]:
         worst = found["worst"]
         lost = f"relative error {found['error']:.2e} overall, {worst['error']:.2e} in the worst layer, {worst['layer']}"
-    lines = [f"{found['folder']}: {what}; {lost}"]
+    lines = [f"{found['folder']}: {what}; {lost}", found["verified"]]
     return [*lines, f"uploaded to {found['pushed']}"] if found["pushed"] else lines

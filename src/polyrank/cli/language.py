@@ -53,8 +53,8 @@ def generate(
             print(json.dumps({"run": str(folder), "adapter": str(model.adapter), "answers": told}))
             return
         for one in told:
-            out.print(one["prompt"], style="bold", markup=False, highlight=False, soft_wrap=True)
-            out.print(one["answer"], markup=False, highlight=False, soft_wrap=True)
+            out.print(one["prompt"], style="bold", soft_wrap=True)
+            out.print(one["answer"], soft_wrap=True)
 
 
 def _turns(file: Path) -> list[Turn]:
@@ -89,7 +89,7 @@ def choose(folder: Path, file: Path, options: list[str], best: bool, json_: bool
             print(json.dumps({"run": str(folder), "adapter": str(model.adapter), "file": str(file), **found}))
             return
         for line in _lines(found):
-            out.print(line, highlight=False, soft_wrap=True)
+            out.say(line)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -24,11 +24,15 @@ def merge(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override an option of the rule, for example --set layers=zero.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base of all adapters, whatever they call it; named in the result.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Merge adapters of unequal ranks into one, by the rule of a method. No base model is needed."""
     with mistakes():
         from polyrank.experiment.loading import method_with
+        from polyrank.experiment.merging import crowded
         from polyrank.experiment.merging import merge as merge_adapters
         from polyrank.experiment.store import check_free
         from polyrank.local.adapters import write_adapter
@@ -36,22 +40,22 @@ def merge(
         check_free(folder)
         counts = numbers("--weights", weights, len(adapters), least=0)
         ranks = [int(r) for r in numbers("--client-ranks", client_ranks, None, least=1, whole=True) or []]
-        merged = merge_adapters(adapters, method_with(method, set_ or []), counts)
+        merged = merge_adapters(adapters, method_with(method, set_ or []), counts, base)
         written = [(folder / f"client_{index}", merged.client(r)) for index, r in enumerate(ranks)]
         if not ranks or rank is not None:
             written.insert(0, (folder, merged.whole(rank)))
         for path, adapter in written:
             write_adapter(path, adapter, merged.info)
+        notes = [*merged.notes, *crowded(merged, rank, ranks)]
         report = [
-            {"folder": str(path), "ranks": {name: x.rank for name, x in adapter.layers.items()}}
+            {"folder": str(path), "ranks": {name: x.rank for name, x in adapter.layers.items()}, "notes": notes}
             for path, adapter in written
         ]
         if json_:
             print(json.dumps(report))
-        else:
-            for entry in report:
-                found = sorted(set(entry["ranks"].values()))  # type: ignore[attr-defined]
-                out.print(
-                    f"{entry['folder']}: {len(entry['ranks'])} layers of rank {', '.join(map(str, found))}",
-                    highlight=False,
-                )
+            return
+        for path, adapter in written:
+            kinds = ", ".join(map(str, sorted({x.rank for x in adapter.layers.values()})))
+            out.say(f"{path}: {len(adapter.layers)} layers of rank {kinds}")
+        for note in notes:
+            out.say(note)

@@ -32,6 +32,7 @@ def plan(
         from polyrank.report.figures import plan_figure
         from polyrank.report.plan import plan_report
 
+        check_png(png)
         path = file or embedded("digits.yaml")
         alone = ["fleet=[{name: this machine, memory: detect}]", "method.estimate=least"] if here else []
         measured = None if scores is None else Run.open(scores).scores()
@@ -42,9 +43,17 @@ def plan(
             print(json.dumps(planned))
             return
         for part in plan_report(planned):
-            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            out.say(part) if isinstance(part, str) else out.print(part)
         if png is not None:
-            out.print(f"picture: {png}", highlight=False)
+            out.say(f"picture: {png}")
+
+
+def check_png(path: Path | None) -> None:
+    """Refuses a picture of another format, before anything is computed."""
+    from polyrank.experiment.config import ConfigError
+
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(f"--png: {path}: the name of a PNG must end in .png")
 
 
 @app.command()
@@ -72,9 +81,9 @@ def profile(
             print(json.dumps(measured))
             return
         for part in profile_report(measured):
-            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            out.say(part) if isinstance(part, str) else out.print(part)
         if path is not None:
-            out.print(f"calibration: {path}; plans use it with --set costs.calibration={path}", highlight=False)
+            out.say(f"calibration: {path}; plans use it with --set costs.calibration={path}")
 
 
 @app.command()
@@ -95,6 +104,7 @@ def data(
         from polyrank.report.figures import split_heat_map
         from polyrank.report.terminal import heat_map
 
+        check_png(png)
         path = file or embedded("digits.yaml")
         experiment = load(path, set_)
         if export is not None:
@@ -118,14 +128,12 @@ def data(
             print(json.dumps({"name": dataset.name, "sizes": sizes, "classes": list(dataset.classes), "clients": rows}))
             return
         out.print(heat_map(counts, clients, [profiles[c].group for c in clients], dataset.classes, out.width))
-        out.print(
+        out.say(
             f"{int(counts.sum())} of {len(dataset.train)} training examples held by {len(clients)} clients, "
             f"{len(dataset.validation)} validation, {len(dataset.test)} test"
-            + (f", {len(dataset.importance)} kept by the server" if dataset.importance else ""),
-            highlight=False,
-            soft_wrap=True,
+            + (f", {len(dataset.importance)} kept by the server" if dataset.importance else "")
         )
         if png is not None:
-            out.print(f"picture: {png}", highlight=False)
+            out.say(f"picture: {png}")
         if export is not None:
-            out.print(f"files: {export}; read back with data: {{name: per_client, folder: {export}}}", highlight=False)
+            out.say(f"files: {export}; read back with data: {{name: per_client, folder: {export}}}")

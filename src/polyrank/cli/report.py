@@ -36,4 +36,4 @@ def report(
             print(json.dumps({key: str(value) for key, value in written.items()}))
             return
         for what, where in written.items():
-            out.print(f"{what}: {where}", highlight=False, soft_wrap=True)
+            out.say(f"{what}: {where}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +46,9 @@ def resume(
         stored = Run.open(folder)
         finished = stored.summary()
         if finished is None:
-            _drive(Session(stored), quiet, json_)
+            with stored.resumable():
+                session = Session(stored)
+            _drive(session, quiet, json_)
         else:
             report(stored, finished, quiet, json_)
 
@@ -58,9 +61,9 @@ def _drive(session: Session, quiet: bool, json_: bool) -> None:
     silent = quiet or json_
     try:
         if not silent:
-            out.print(headline(session), highlight=False, soft_wrap=True)
+            out.say(headline(session))
         rounds, done = session.course.rounds, session.state.round
-        with Progress(out, rounds, done, silent=silent).shown() as progress, session.logs:
+        with session.run.resumable(), Progress(out, rounds, done, silent=silent).shown() as progress, session.logs:
             session.listeners.append(progress.told)
             for record, seconds in session.rounds():
                 progress.add(asdict(record), seconds)
@@ -69,7 +72,7 @@ def _drive(session: Session, quiet: bool, json_: bool) -> None:
             summary = session.finish()
     except KeyboardInterrupt:
         done, folder = session.state.round, session.run.folder
-        err.print(f"interrupted after round {done}; continue with: polyrank resume {folder}", soft_wrap=True)
+        err.say(f"interrupted after round {done}; continue with: polyrank resume {shlex.quote(str(folder))}")
         raise typer.Exit(130) from None
     report(session.run, summary, quiet, json_)
 
@@ -82,7 +85,7 @@ def report(stored: Run, summary: dict[str, Any], quiet: bool, json_: bool) -> No
         print(json.dumps({"run": str(stored.folder), **summary}))
     elif not quiet:
         out.print(results_table(summary))
-        out.print(outcome(summary, stored.adapter), highlight=False, soft_wrap=True)
+        out.say(outcome(summary, stored.adapter))
 
 
 @app.command()
@@ -134,4 +137,4 @@ def evaluate(
             shown = f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}"
             if "perplexity" in metrics:
                 shown = f"{metrics['loss']:.4f} nats per token, perplexity {metrics['perplexity']:.2f}"
-            out.print(f"{split} {shown} ({adapter})", highlight=False)
+            out.say(f"{split} {shown} ({adapter})")

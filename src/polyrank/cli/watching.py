@@ -53,7 +53,7 @@ def _state(run: Following, json_: bool) -> None:
     if json_:
         print(json.dumps(found))
         return
-    out.print(f"{found['method']}: {standing(found)}", highlight=False, soft_wrap=True)
+    out.say(f"{found['method']}: {standing(found)}")
     _outcome(run)
 
 
@@ -61,7 +61,7 @@ def _run(run: Following, every: float) -> None:
     """Rounds as they end, until the summary is there."""
     from polyrank.report.progress import Progress
 
-    out.print(f"{run.method()}, {run.rounds()} rounds, in {run.folder}", highlight=False, soft_wrap=True)
+    out.say(f"{run.method()}, {run.rounds()} rounds, in {run.folder}")
     with Progress(out, run.rounds(), 0).shown() as progress:
         told = False
         while True:
@@ -94,12 +94,13 @@ def _silent(run: Following, progress: Progress, told: bool) -> bool:
 
 
 def _outcome(run: Following) -> None:
+    from polyrank.experiment.shapes import SUMMARY_KEYS
     from polyrank.report.terminal import outcome, results_table
 
-    summary = run.summary()
+    summary = run.summary(SUMMARY_KEYS)
     if summary is not None:
         out.print(results_table(summary))
-        out.print(outcome(summary, run.folder / "adapter"), highlight=False, soft_wrap=True)
+        out.say(outcome(summary, run.folder / "adapter"))
 
 
 def _study(folder: Path, found: dict[str, Any], once: bool, every: float, json_: bool) -> None:
@@ -123,7 +124,7 @@ def _study(folder: Path, found: dict[str, Any], once: bool, every: float, json_:
         before: list[dict[str, Any]] = []
         for now in chain([states], looks):
             for line in changed(before, now):
-                out.print(line, highlight=False, soft_wrap=True)
+                out.say(line)
             before = now
 
 

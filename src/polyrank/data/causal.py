@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from polyrank.data.cache import cache_path, log, replacing
-from polyrank.data.prepare import padded, read_arrays_of
+from polyrank.data.padding import RIGHT, Padding
+from polyrank.data.prepare import read_arrays_of
 from polyrank.data.source import DataError, Source, Turn
 
 IGNORED = -100
@@ -32,6 +33,7 @@ class CausalSplit:
         starts: int64 (N,).
         labels: each text's category, which no model learns, int64 (N,).
         pad_id: the token that fills up a batch.
+        padding: how it does.
     """
 
     ids: np.ndarray
@@ -39,19 +41,20 @@ class CausalSplit:
     starts: np.ndarray
     labels: np.ndarray
     pad_id: int
+    padding: Padding = RIGHT
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per text, int64 (N,)."""
-        return np.diff(self.offsets)
+        """Input positions per text, int64 (N,): its tokens, but where all texts are filled up to one width."""
+        return self.padding.lengths(np.diff(self.offsets))
 
     @cached_property
     def targets(self) -> np.ndarray:
         """Tokens of each text that are asked for, int64 (N,): those from `starts` on, but never the first of all."""
-        return np.maximum(self.lengths - np.maximum(self.starts, 1), 0)
+        return np.maximum(np.diff(self.offsets) - np.maximum(self.starts, 1), 0)
 
     @property
     def silent(self) -> int:
@@ -59,9 +62,9 @@ class CausalSplit:
         return int((self.targets == 0).sum())
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels (all b x longest, int64; padded on the right)."""
-        ids, mask = padded(self.ids, self.offsets, indices, self.pad_id)
-        learnt = mask & (np.arange(mask.shape[1]) >= self.starts[indices][:, None])
+        """input_ids, attention_mask and labels (all b x longest, int64)."""
+        ids, mask = self.padding.rows(self.ids, self.offsets, indices, self.pad_id)
+        learnt = mask & (mask.cumsum(1) > self.starts[indices][:, None])
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),

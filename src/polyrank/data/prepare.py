@@ -15,6 +15,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from polyrank.data.cache import cache_path, log, replacing
+from polyrank.data.padding import RIGHT, Padding
 from polyrank.data.source import DataError, Source
 
 _TEXTS_AT_ONCE = 1000
@@ -29,20 +30,22 @@ class TextSplit:
         offsets: int64 (N + 1,).
         labels: int64 (N,).
         pad_id: the token that fills up a batch.
+        padding: how it does.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
     pad_id: int
+    padding: Padding = RIGHT
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per text, int64 (N,)."""
-        return np.diff(self.offsets)
+        """Input positions per text, int64 (N,): its tokens, but where all texts are filled up to one width."""
+        return self.padding.lengths(np.diff(self.offsets))
 
     @cached_property
     def targets(self) -> np.ndarray:
@@ -50,22 +53,13 @@ class TextSplit:
         return np.ones(len(self.labels), np.int64)
 
     def batch(self, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask (both b x longest, int64; padded on the right) and labels (b)."""
-        ids, mask = padded(self.ids, self.offsets, indices, self.pad_id)
+        """input_ids, attention_mask (both b x longest, int64) and labels (b)."""
+        ids, mask = self.padding.rows(self.ids, self.offsets, indices, self.pad_id)
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
             "labels": torch.from_numpy(self.labels[indices]),
         }
-
-
-def padded(ids: np.ndarray, offsets: np.ndarray, indices: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Some of many texts that stand end to end, a row each, filled up on the right, int64; and where tokens are."""
-    starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
-    position = np.arange(lengths.max())
-    mask = position < lengths[:, None]
-    where = np.minimum(starts[:, None] + position, len(ids) - 1)
-    return np.where(mask, ids[where], pad_id).astype(np.int64), mask
 
 
 @dataclass(frozen=True, eq=False)

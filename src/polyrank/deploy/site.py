@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import model_validator
-from yaml import YAMLError
 
 from polyrank.core.privacy import Privacy
 from polyrank.core.rng import stream
@@ -40,7 +39,9 @@ from polyrank.files import write_bytes
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.importance import measured
+from polyrank.local.padding import filled_up
 from polyrank.local.trainer import train
+from polyrank.local.vocabulary import check_splits
 
 DataConfig = union_of(entry_model(name, function) for name, function in DATASETS.items())
 
@@ -192,6 +193,8 @@ class Site:
             agree(held.prompting, asked.get("prompting"), self.path)
         base = load_base(config, kind, classes, self.device, stream(0, "head"))  # the server sends the head
         split = preparer(config, kind, held.prompting)(source)
+        check_splits({"data": split}, base.model, str(base.info.base), str(self.path))
+        split = filled_up(base, {"data": split}, config.max_length)["data"]
         if isinstance(split, CausalSplit):
             warn_of_silent(split, f"{self.path}: data", config.max_length)
         return base, split
@@ -214,7 +217,7 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
         raw = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if data is not None:
         if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict) or "train" not in raw["data"]:

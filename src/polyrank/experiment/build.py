@@ -5,6 +5,7 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,10 +31,12 @@ from polyrank.experiment.language import Language, language
 from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
 from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import (
+    cautions,
     check_rank,
     check_stated_ranks,
     completed,
-    describe,
+    described,
+    from_config,
     group_budgets,
     notes_of,
     server_rank,
@@ -47,8 +50,13 @@ from polyrank.local.dp import require_opacus
 from polyrank.local.dpsgd import refuse_unsound
 from polyrank.local.importance import measured
 from polyrank.local.packing import check_packing
+from polyrank.local.padding import filled_up
 from polyrank.local.prefix import Prefixes
+from polyrank.local.probe import side_by_side
 from polyrank.local.quantized import check_quantization
+from polyrank.local.vocabulary import check_splits
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,12 +141,24 @@ def build_here(experiment: Experiment, sharing: int = 1) -> World:
         fleet_profiles(experiment.fleet, ground.shares),
         spec=spec,
         absent=experiment.absent,
-        together=positions_for(spec, experiment, ground.rank, base.device, sharing),
+        together=_shared(experiment, ground, positions_for(spec, experiment, ground.rank, base.device, sharing)),
         seed=experiment.seed,
         holdout=splits.get("importance"),
         prefixes=None if cache == "off" else Prefixes(base, splits["train"], cache / sharing),
     )
     return ground.world(experiment, simulator)
+
+
+def _shared(experiment: Experiment, ground: _Ground, positions: int) -> int:
+    """Most input positions of a step that clients share; 0 where the model does not take adapters side by side.
+
+    Raises:
+        ConfigError: if it does not, and the file asks for it.
+    """
+    reason = side_by_side(ground.base, ground.splits["train"], experiment.local.dropout) if positions else None
+    if reason is not None and experiment.simulation.together != "auto":
+        raise ConfigError(f"simulation.together: {positions}: clients cannot share a pass of this model: {reason}")
+    return positions if reason is None else 0
 
 
 def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes) -> World:
@@ -202,10 +222,13 @@ def _ground(experiment: Experiment) -> _Ground:
     if experiment.model.quantize is not None:
         check_quantization(experiment.model.quantize, pick_device(experiment.device))
     check_stated_ranks(experiment)
-    planned = describe(experiment, method)
+    empty = from_config(experiment, "meta")
+    planned = described(empty, experiment, method)
     budgets = group_budgets(experiment, method, planned)
     rank = server_rank(experiment, budgets)
     check_rank(rank, planned, experiment)
+    for caution in cautions(empty):
+        _log.warning("%s", caution)
     shares = share_data(experiment)
     dataset, device = shares.dataset, pick_device(experiment.device)
     base = load_base(experiment.model, dataset.kind, dataset.classes, device, stream(experiment.seed, "head"))
@@ -219,5 +242,9 @@ def _ground(experiment: Experiment) -> _Ground:
     for name, split in splits.items():
         if isinstance(split, CausalSplit):
             warn_of_silent(split, name, experiment.model.max_length)
+    asked = language(experiment, dataset, base)
+    check_splits(splits, base.model, str(base.info.base))
+    if not experiment.local.pack:
+        splits = filled_up(base, splits, experiment.model.max_length)
     spec = completed(base.spec, experiment, method)
-    return _Ground(base, spec, rank, method, shares, splits, language(experiment, dataset, base))
+    return _Ground(base, spec, rank, method, shares, splits, asked)

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 def did_you_mean(value: object, valid: Iterable[str]) -> str:
     """`` Did you mean 'x'? Valid: a, b, x.`` for an error message."""
     names = sorted(valid)
-    close = get_close_matches(str(value), names, n=1)
+    close = get_close_matches(str(value)[:100], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Valid: {', '.join(names)}."
 
@@ -36,8 +36,9 @@ class Strict(BaseModel):
         if isinstance(value, Mapping):
             for key in value:
                 if key not in cls.model_fields:
-                    hint = did_you_mean(key, cls.model_fields)
-                    raise PydanticCustomError("unknown_key", "unknown key '{key}'.{hint}", {"key": key, "hint": hint})
+                    hint, shown = did_you_mean(key, cls.model_fields), str(key)[:100].encode(errors="backslashreplace")
+                    context = {"key": shown.decode(), "hint": hint}
+                    raise PydanticCustomError("unknown_key", "unknown key '{key}'.{hint}", context)
         return value
 
 

@@ -234,7 +234,7 @@ def _named_slots(value: Any) -> Any:
     """Lets ``method.aggregate: {rank: 16}`` mean the method's own rule, with that option."""
     if isinstance(value, str):
         return {"name": value}
-    if not isinstance(value, dict) or value.get("name") not in METHODS:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in METHODS:
         return value
     method, filled = _as_asked(value), dict(value)
     for slot, table in SLOTS.items():
@@ -250,7 +250,7 @@ def _as_asked(value: dict[str, Any]) -> Method:
     function = METHODS[value["name"]]
     try:
         return function(**{key: value[key] for key in parameters(function) if key in value})
-    except (TypeError, ValueError):  # validation will say what is wrong with them
+    except Exception:  # validation will say what is wrong with them
         return function()
 
 

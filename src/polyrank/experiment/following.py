@@ -6,16 +6,15 @@ there: what is not whole is not there yet.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import yaml
-
 from polyrank.errors import InputError
+from polyrank.experiment import shapes
+from polyrank.files import from_json
 
 Record = dict[str, Any]
 State = Literal["waiting", "running", "silent", "finished"]
@@ -42,7 +41,10 @@ class Following:
         self.folder, self.done = folder, first
         self.seconds: dict[int, float] = {}
         self.last: Record | None = None
-        self._rounds, self._timings = _Tail(folder / "rounds.jsonl"), _Tail(folder / "timings.jsonl")
+        self._rounds, self._timings = (
+            _Tail(folder / "rounds.jsonl", shapes.Round),
+            _Tail(folder / "timings.jsonl", shapes.Timing),
+        )
         self._held: Record | None = None  # a record whose seconds have not come
         self._plan: Record = {}
 
@@ -76,10 +78,9 @@ class Following:
         """
         path = self.folder / "experiment.yaml"
         if not self._plan and path.is_file():
-            found = yaml.safe_load(path.read_text())
-            if not isinstance(found, dict) or "rounds" not in found:
-                raise InputError(f"{path}: not an experiment")
-            self._plan = found
+            self._plan = shapes.read_plan(path)
+            if "rounds" not in self._plan:
+                raise InputError(f"{path}: not a resolved experiment: rounds: missing")
         return self._plan
 
     def rounds(self) -> int:
@@ -94,9 +95,20 @@ class Following:
         method = plan.get("method", {})
         return str(regime if regime != "federated" else method.get("name", "") if isinstance(method, dict) else method)
 
-    def summary(self) -> Record | None:
-        """The summary of a finished run."""
-        return _json(self.folder / "summary.json")
+    def summary(self, needs: Sequence[str] = ()) -> Record | None:
+        """The summary of a finished run.
+
+        Args:
+            needs: keys that it must have.
+
+        Raises:
+            InputError: if it is none.
+        """
+        path = self.folder / "summary.json"
+        found = _json(path)
+        if found is not None:
+            shapes.check(shapes.Summary, found, str(path), needs)
+        return found
 
     def state(self, now: float | None = None) -> State:
         """Whether the run has not begun, goes on, says nothing for much longer than a round takes, or has finished.
@@ -141,16 +153,15 @@ def study(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = _json(path)
-    if found is None or not isinstance(found.get("cells"), list):
-        raise InputError(f"{path}: not a study: it must be a JSON object with a list of cells")
+    shapes.check(shapes.Study, found, f"{path}: not a study")
     return found
 
 
 class _Tail:
     """The whole lines of a file that grows, or is replaced, each time those that are new."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.read, self.file = path, 0, -1
+    def __init__(self, path: Path, shape: Any) -> None:
+        self.path, self.shape, self.read, self.file = path, shape, 0, -1
 
     def lines(self) -> list[Record]:
         """New lines; all of them again where the file is another one, as a line that is none says that it may be."""
@@ -165,10 +176,12 @@ class _Tail:
         found: list[Record] = []
         for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
-                found.append(json.loads(line))
+                value = from_json(line)
             except ValueError:
                 self.file = -1
                 break
+            shapes.check(self.shape, value, str(self.path))
+            found.append(value)
             self.read += len(line)
         return found
 
@@ -176,7 +189,7 @@ class _Tail:
 def _json(path: Path) -> Record | None:
     """An object in a file; None where it is not there, or not whole yet."""
     try:
-        found = json.loads(path.read_text())
+        found = from_json(path.read_text())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -189,7 +202,7 @@ def described(run: Following, cell: Mapping[str, Any] | None = None) -> dict[str
         run: after its rounds have been read.
         cell: of a study, whose setting and seed are given as well.
     """
-    state, summary = run.state(), run.summary()
+    state, summary = run.state(), run.summary(shapes.SUMMARY_KEYS)
     return {
         "run": str(run.folder),
         "method": (cell or {}).get("method") or run.method(),
@@ -197,7 +210,7 @@ def described(run: Following, cell: Mapping[str, Any] | None = None) -> dict[str
         "state": state,
         "round": run.done,
         "rounds": run.rounds(),
-        "metrics": run.last["metrics"] if run.last else {},
+        "metrics": (run.last.get("metrics") or {}) if run.last else {},
         "heard": None if state == "waiting" else round(run.heard(), 3),
         "left_seconds": run.left() if state == "running" else None,
         **({"summary": summary} if state == "finished" else {}),

@@ -22,15 +22,18 @@ from polyrank.data import outline
 from polyrank.experiment.components import parameters
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.planning import (
+    cautions,
     check_rank,
     check_stated_ranks,
-    describe,
+    described,
+    from_config,
     group_budgets,
     notes_of,
     profile_of,
     server_rank,
 )
 from polyrank.experiment.shares import group_sizes, kept_for_importance
+from polyrank.experiment.start import check_start
 from polyrank.experiment.tables import DATASETS
 from polyrank.local import lokr
 
@@ -56,16 +59,18 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     started = time.perf_counter()
     method = experiment.build_method()
     check_stated_ranks(experiment)
-    spec = describe(experiment, method)
+    base = from_config(experiment, "meta")
+    spec = described(base, experiment, method)
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
     check_rank(rank, spec, experiment)
+    check_start(experiment, method, spec.modules, rank)
     examples, notes = _examples(experiment)
     names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
     sizes, clients = _clients(experiment)
     phases, unscored = _phases(experiment, method, spec, rank, {c: budgets[g] for c, g in clients.items()}, scores)
-    notes += _boost(experiment, method) + unscored + notes_of(spec)
+    notes += _boost(experiment, method) + unscored + notes_of(spec) + cautions(base)
     firsts = [next((c for c, of in clients.items() if of == g), "") for g in range(len(names))]
     groups = [
         {

@@ -26,8 +26,10 @@ from polyrank.local.base import Base
 from polyrank.local.choices import Choices, likelihoods
 from polyrank.local.generate import Decoding, closeness, generate
 from polyrank.local.hf import load_exported
+from polyrank.local.lengths import positions
 from polyrank.local.processors import causal_processor
-from polyrank.local.prompter import Prompter, positions
+from polyrank.local.prompter import Prompter
+from polyrank.local.vocabulary import check_tokens
 
 Found = dict[str, Any]
 
@@ -116,6 +118,10 @@ def language(experiment: Experiment, dataset: Dataset, base: Base) -> Language |
         choices = questions(e.choices, Prompter(name, e.choices.template or prompting.template), base, experiment.seed)
     generation = e.generate or GenerateConfig()
     prompts = _prompts(generation, prompter, dataset, base, experiment.seed) if e.generate else ()
+    check_tokens(
+        [i for question in choices for row in question.rows for i in row], base.model, name, "evaluate.choices"
+    )
+    check_tokens([i for prompt in prompts for i in prompt.ids], base.model, name, "evaluate.generate")
     every = {name: section.every for name, section in asked.items() if section.every is not None}
     return Language(prompter, choices, prompts, generation, every, experiment.seed)
 

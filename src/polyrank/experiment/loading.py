@@ -10,9 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from polyrank.core.method import Method
+from polyrank.errors import shortened
 from polyrank.experiment.components import Strict, did_you_mean
 from polyrank.experiment.config import ConfigError, Experiment
+from polyrank.files import from_yaml
 
+_MOST_LINES = 12  # of a message
 Section = TypeVar("Section", bound=Strict)
 
 
@@ -37,9 +40,9 @@ def read_yaml(text: str) -> Any:
     """The value that a YAML text holds.
 
     Raises:
-        yaml.YAMLError: if it is not YAML.
+        ValueError: if it is not YAML.
     """
-    return yaml.load(text, _Loader)
+    return from_yaml(text, _Loader)
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Experiment:
@@ -70,7 +73,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raw = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping with keys {', '.join(Experiment.model_fields)}")
@@ -78,7 +81,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     first = raw.pop("extends")
     if not isinstance(first, str) or Path(first).name != first:
-        raise ConfigError(f"{path}: extends: {first!r} must be the name of a file beside this one")
+        raise ConfigError(f"{path}: extends: {shortened(first)} must be the name of a file beside this one")
     if path.with_name(first) in (path, *below):
         raise ConfigError(f"{path}: extends: {first!r} extends this file in turn")
     return _laid_over(_read(path.with_name(first), (path, *below)), raw)
@@ -113,7 +116,9 @@ def validated(section: type[Section], raw: Any, where: str) -> Section:
         return section.model_validate(raw)
     except ValidationError as error:
         lines = [f"{where}: {_explain(raw, dict(item))}" for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        lines = list(dict.fromkeys(lines))
+        more = [f"{where}: {len(lines) - _MOST_LINES} more mistakes"] if len(lines) > _MOST_LINES else []
+        raise ConfigError("\n".join([*lines[:_MOST_LINES], *more])) from None
 
 
 def anchored(section: Section, folder: Path) -> Section:
@@ -149,7 +154,7 @@ def assignment(override: str, option: str = "--set") -> tuple[str, Any]:
         raise ConfigError(f"{option} {override}: must be key=value, for example {option} rounds=5")
     try:
         return key, read_yaml(text)
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ConfigError(f"{option} {override}: the value is not YAML: {error}") from None
 
 
@@ -158,23 +163,22 @@ def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     *path, last = key.split(".")
     node: Any = raw
     for part in path:
-        if isinstance(node, list):
-            node = node[_index(node, part, where)]
-            continue
-        if isinstance(node.get(part), str):
-            node[part] = {"name": node[part]}
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"{where}: {part} is {node!r}, not a section")
-    if isinstance(node, list):
-        node[_index(node, last, where)] = value
-    else:
-        node[last] = value
+        place = _place(node, part, where)
+        inner = node.get(place) if isinstance(node, dict) else node[place]
+        inner = {"name": inner} if isinstance(inner, str) else {} if inner is None else inner
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"{where}: {part} is {shortened(inner)}, not a section")
+        node[place] = inner
+        node = inner
+    node[_place(node, last, where)] = value
 
 
-def _index(items: list[Any], part: str, where: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"{where}: {part!r} is not a position in a list of {len(items)} (from 0)")
+def _place(node: Any, part: str, where: str) -> str | int:
+    """A key of a section, or a position in a list."""
+    if isinstance(node, dict):
+        return part
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
+        raise ConfigError(f"{where}: {part!r} is not a position in a list of {len(node)} (from 0)")
     return int(part)
 
 
@@ -190,7 +194,7 @@ def _explain(raw: dict[str, Any], error: dict[str, Any]) -> str:
     name = ".".join(key)
     if error["type"] == "union_tag_invalid":
         tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
-        return f"{name}.name: {error['ctx']['tag']!r} is unknown.{did_you_mean(error['ctx']['tag'], tags)}"
+        return f"{name}.name: {shortened(error['ctx']['tag'])} is unknown.{did_you_mean(error['ctx']['tag'], tags)}"
     if error["type"] == "union_tag_not_found":
         return f"{name}.name: missing"
     if error["type"] == "missing":
@@ -198,7 +202,7 @@ def _explain(raw: dict[str, Any], error: dict[str, Any]) -> str:
     if error["type"] == "unknown_key":
         return f"{name + ': ' if name else ''}{error['msg']}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{name}: {error['input']!r} {message}" if name else message
+    return f"{name}: {shortened(error['input'])} {message}" if name else message
 
 
 def _absolute(experiment: Experiment, folder: Path) -> Experiment:

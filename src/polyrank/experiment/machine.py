@@ -34,7 +34,7 @@ def on_this_machine(experiment: Experiment) -> Experiment:
     threads, device = experiment.threads or default_threads(), pick_device(experiment.device)
     precision = precision_on(torch.device(device), experiment.local.precision)
     local = experiment.local.model_copy(update={"precision": precision})
-    chosen = {"cache": cache_memory(experiment), "together": together(experiment), "workers": workers(experiment)}
+    chosen = {"cache": cache_memory(experiment), "workers": workers(experiment)}
     simulation = experiment.simulation.model_copy(update=chosen)
     decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
     return experiment.model_copy(update=decided)

@@ -17,14 +17,19 @@ from polyrank.experiment.config import Experiment, ModelConfig
 from polyrank.experiment.planning import BUILT_IN_MODELS, from_config, kind_of
 from polyrank.local import hf, processors
 from polyrank.local.base import Base
+from polyrank.local.lengths import check_length
 from polyrank.local.quantized import check_quantization
 
 Split = TextSplit | ImageSplit | CausalSplit
 
 
 def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: str, rng: np.random.Generator) -> Base:
-    """The frozen model with a head for these classes; one that its checkpoint lacks is drawn from `rng`."""
-    return hf.load_base(
+    """The frozen model with a head for these classes; one that its checkpoint lacks is drawn from `rng`.
+
+    Raises:
+        InputError: if it cannot be loaded, is not whole, or has fewer positions than texts may have tokens.
+    """
+    base = hf.load_base(
         located(config),
         config.targets,
         kind=kind,
@@ -37,6 +42,9 @@ def load_base(config: ModelConfig, kind: Kind, classes: Sequence[str], device: s
         tokens=config.max_length,
         quantize=config.quantize,
     )
+    if kind != "image":
+        check_length(base.model, config.max_length, config.name)
+    return base
 
 
 def load_random(experiment: Experiment, device: str) -> Base:

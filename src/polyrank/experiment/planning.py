@@ -19,7 +19,10 @@ from polyrank.experiment.tables import DATASETS
 from polyrank.local import hf
 from polyrank.local.base import Base
 from polyrank.local.digits_base import digits_config, digits_vit
+from polyrank.local.lengths import check_length
 from polyrank.local.measure import device_memory
+from polyrank.local.peft_layers import loss, lost_layers
+from polyrank.local.vocabulary import check_tokenizer
 
 _MOSTLY = 0.5  # of the backbone: more than this beyond the reach of adapters is said
 _NAMED = 3  # kinds of weights that a note names
@@ -39,8 +42,17 @@ class CalibrationFile(Strict):
 
 
 def describe(experiment: Experiment, method: Method) -> ModelSpec:
-    """The model's spec from its config alone, with the head's part in the traffic and what was calibrated."""
-    spec = completed(from_config(experiment, "meta").spec, experiment, method)
+    """The model's spec from its config alone, with the head's part in the traffic and what was calibrated.
+
+    Raises:
+        InputError: if the model's folder is not whole, or the tokenizer's words or the texts' length are beyond it.
+    """
+    return described(from_config(experiment, "meta"), experiment, method)
+
+
+def described(base: Base, experiment: Experiment, method: Method) -> ModelSpec:
+    """The spec of a model that is not loaded."""
+    spec = completed(base.spec, experiment, method)
     assert spec.architecture is not None
     return replace(spec, architecture=replace(spec.architecture, quantization=experiment.model.quantize))
 
@@ -56,13 +68,23 @@ def kind_of(experiment: Experiment) -> Kind:
     return outlined(experiment).kind
 
 
+def cautions(base: Base) -> list[str]:
+    """What there is to say of a model before it is loaded. The base, on the meta device, is of no use after."""
+    found = check_tokenizer(base.model, str(base.info.base)) if base.info.task else []
+    lost = lost_layers(base)
+    return found + ([loss(lost, len(base.spec.modules), base)] if lost else [])
+
+
 def from_config(experiment: Experiment, device: str) -> Base:
     """The experiment's model from its config alone, without weights on ``meta``, with random ones elsewhere."""
     config = experiment.model
     data = outlined(experiment)
     made, _ = BUILT_IN_MODELS.get(config.name, (None, None))
-    return hf.base_from_config(
-        made() if made else hf.locate(str(config.config or config.name)),
+    name = made() if made else hf.locate(str(config.config or config.name))
+    if not made:
+        hf.check_files(name, data.kind)
+    base = hf.base_from_config(
+        name,
         config.targets,
         kind=data.kind,
         classes=data.classes,
@@ -72,6 +94,10 @@ def from_config(experiment: Experiment, device: str) -> Base:
         image_size=config.image_size,
         attention=config.attention,
     )
+    if data.kind != "image":
+        check_length(base.model, config.max_length, config.name)
+        check_tokenizer(base.model, name)
+    return base
 
 
 def completed(spec: ModelSpec, experiment: Experiment, method: Method) -> ModelSpec:
@@ -116,7 +142,7 @@ def notes_of(spec: ModelSpec) -> list[str]:
         more = f" and {len(kinds) - _NAMED} more" if len(kinds) > _NAMED else ""
         notes.append(
             f"an adapter covers {share:.1%} of the backbone's parameters: {', '.join(kinds[:_NAMED])}{more} "
-            f"({beyond / model.backbone:.1%}) are no linear layers, and stay as they are"
+            f"({beyond / model.backbone:.1%}) are no linear layers, take no adapter and stay as they are"
         )
     return notes
 
@@ -160,17 +186,11 @@ def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
     if name is None or spec.lokr is not None:
         return
     d_out, d_in = spec.modules[name]
-    why = "which model.targets names" if named else "which has the most room of all"
+    why = "which has the most room of all"
+    if named:
+        why = f"which model.targets names; {room[name]} is the largest there, or name a group, which takes what there is"
     key = "model.rank" if stated else "fleet"
-    raise ConfigError(
-        f"{key}: {rank} exceeds the smaller dimension of {name} ({d_out} x {d_in}), {why}; {room[name]} is the largest "
-        "rank there"
-        + (
-            "; a module that a group targets (attention, attention+mlp, all-linear) takes what it has room for"
-            if named
-            else ""
-        )
-    )
+    raise ConfigError(f"{key}: {rank} exceeds the smaller dimension of {name} ({d_out} x {d_in}), {why}")
 
 
 def group_budgets(experiment: Experiment, method: Method, spec: ModelSpec) -> list[Budget]:

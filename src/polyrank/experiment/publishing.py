@@ -5,7 +5,6 @@ The run's folder is all that is read, and the base model where its weights are m
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from polyrank.experiment.components import did_you_mean
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.models import Kind, load_base, located
 from polyrank.experiment.store import Run, RunError
+from polyrank.experiment.verifying import sample, small, verify_adapter, verify_merged
 from polyrank.local.adapters import CONFIG, AdapterError, AdapterInfo, read_adapter, write_adapter
 from polyrank.local.saved import save_config, save_image_processor, save_merged, save_tokenizer
 from polyrank.local.weights import write_into
@@ -64,6 +64,7 @@ class Export:
         merged: the type of the weights that the adapter is merged into, ``auto`` for the checkpoint's own until it is
             written; None: it is exported as an adapter.
         channels: of images; 0 for texts, and until it is written.
+        verified: what others' load of it gave on one batch, as a sentence; empty until it is written.
     """
 
     run: Run
@@ -76,6 +77,7 @@ class Export:
     cut: Cut
     merged: str | None = None
     channels: int = 0
+    verified: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -126,9 +128,9 @@ def chosen(
 
 
 def _setting(run: Run) -> dict[str, Any]:
-    if not run.setting_file.is_file():
+    found = run.setting()
+    if found is None:
         raise RunError(f"{run.folder}: has no setting.json: an earlier version of polyrank has made it; run it again")
-    found: dict[str, Any] = json.loads(run.setting_file.read_text())
     return found
 
 
@@ -160,12 +162,19 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
         base: the base's name for readers, where the run has loaded a copy.
 
     Returns:
-        The export, with what the base says: the type of merged weights, the channels of images.
+        The export, with what the base says: the type of merged weights, the channels of images; and whether what PEFT
+        or Transformers load of it gives polyrank's logits.
+
+    Raises:
+        InputError: if it does not.
     """
     model, source = export.experiment.model, located(export.experiment.model)
     if export.merged is None:
         write_adapter(folder, export.adapter, replace(export.info, base=base or source))
         save_config(source, folder, None if export.kind == "causal" else export.setting["classes"])
+        classes = export.setting["classes"]
+        said = verify_adapter(export.experiment, export.kind, classes, export.adapter, folder)
+        export = replace(export, verified=said)
     else:
         export = _merge(export, folder)
     if export.kind != "image":
@@ -177,12 +186,15 @@ def write(export: Export, folder: Path, base: str | None = None) -> Export:
 def _merge(export: Export, folder: Path) -> Export:
     """Loads the base, adds the adapter to its weights, and writes them."""
     experiment, classes = export.experiment, export.setting["classes"]
-    whole = experiment.model.model_copy(update={"quantize": None})  # an adapter is merged into the weights themselves
+    whole = small(experiment.model)  # an adapter is merged into the weights themselves, not into quantised ones
     base = load_base(whole, export.kind, classes, "cpu", stream(experiment.seed, "head"))
     missing = sorted(set(base.head) - export.adapter.dense.keys())
     if missing:
         raise AdapterError(f"{export.run.folder}: the adapter lacks {missing[0]} of the head")
     dtype = None if export.merged == "auto" else getattr(torch, str(export.merged))
+    expected = sample(base, export.adapter)
     found = next(write_into(base, export.adapter, dtype).parameters()).dtype
     save_merged(base, folder)
-    return replace(export, merged=str(found).removeprefix("torch."))
+    base.model.to("meta")  # one model in memory at a time
+    said = verify_merged(expected, base, export.kind, folder)
+    return replace(export, merged=str(found).removeprefix("torch."), verified=said)

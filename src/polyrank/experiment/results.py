@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from polyrank.core.types import RoundRecord
+from polyrank.experiment import shapes
 from polyrank.experiment.build import build
 from polyrank.experiment.embedded import embedded
 from polyrank.experiment.loading import load as load_experiment
@@ -179,17 +178,19 @@ def begin(
         overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     experiment = on_this_machine(load_experiment(path, list(overrides)))
     world = build(experiment)
-    return Session(Run.create(Path(out) if out is not None else free_folder(path.stem), experiment), world)
+    made = Run.create(Path(out) if out is not None else free_folder(path.stem), experiment)
+    with made.resumable():
+        return Session(made, world)
 
 
 def _labelled(folder: Path) -> Iterator[Labelled]:
     """The run in a folder, or those of the study in it that have begun."""
     if not (folder / "study.json").is_file():
         found = Run.open(folder)
-        raw = yaml.safe_load((folder / "experiment.yaml").read_text())
-        regime = raw.get("regime", "federated")
-        method = raw["method"]["name"] if regime == "federated" else regime
-        yield Labelled(str(folder), found, method, {}, raw["seed"])
+        plan = shapes.read_plan(folder / "experiment.yaml")
+        name = plan["method"] if isinstance(plan["method"], str) else plan["method"]["name"]
+        regime = plan.get("regime", "federated")
+        yield Labelled(str(folder), found, name if regime == "federated" else regime, {}, plan.get("seed", 0))
         return
     for cell in listing(folder):
         place = folder / cell["run"]
@@ -272,8 +273,7 @@ def _layers(run: Run) -> Iterator[Record]:
 
 def _setting(run: Run) -> dict[str, Any]:
     """What rounds do not change, where the run has written it."""
-    found: dict[str, Any] = json.loads(run.setting_file.read_text()) if run.setting_file.is_file() else {}
-    return found
+    return run.setting() or {}
 
 
 def _spread(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from polyrank.core.compress import compress
+from polyrank.core.lokr import Shape
 from polyrank.core.lowrank import Adapter, fresh, pad, rescale
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
@@ -15,6 +16,7 @@ from polyrank.experiment.config import Experiment
 from polyrank.local import lokr
 from polyrank.local.adapters import AdapterError, read_adapter
 from polyrank.local.base import Base
+from polyrank.local.same_model import under_names
 
 
 def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -> ServerState:
@@ -27,8 +29,9 @@ def first_state(experiment: Experiment, method: Method, base: Base, rank: int) -
     layers = {name: fresh(shapes[name], own, scale, rng) for name, own in base.spec.at(rank).items()}
     head = base.initial_head()
     if experiment.model.adapter is not None:
-        given, _ = read_adapter(experiment.model.adapter)
-        _check_adapter(given, layers, head, experiment, rank)
+        given = under_names(read_adapter(experiment.model.adapter)[0], [*layers, *head])
+        _check_layers(given, base.spec.modules, experiment, rank)
+        _check_head(given, head, experiment)
         for name, x in given.layers.items():  # a rank above a module's room is more rows than its update has
             room = layers[name].rank
             layers[name] = rescale(pad(compress(x, room) if x.rank > room else x, room, rng), scale)
@@ -59,20 +62,46 @@ def _first_lokr(experiment: Experiment, method: Method, base: Base) -> ServerSta
     return ServerState(0, Adapter({}, {**head, **factors}), Adapter({}, fixed))
 
 
-def _check_adapter(given: Adapter, layers: Mapping, head: Mapping, experiment: Experiment, rank: int) -> None:  # type: ignore[type-arg]
+def check_start(experiment: Experiment, method: Method, modules: Mapping[str, Shape], rank: int) -> None:
+    """Refuses an adapter to start from whose layers do not fit the model, before any weights of it are loaded.
+
+    Args:
+        experiment: what is to be run.
+        method: what it trains.
+        modules: (d_out, d_in) of the targets.
+        rank: the server's.
+
+    Raises:
+        AdapterError: if it cannot be read, is of another kind than the method trains, or is of another model.
+    """
+    if experiment.model.adapter is None:
+        return
+    given, _ = read_adapter(experiment.model.adapter)
+    if method.form != "lokr":
+        _check_layers(under_names(given, modules), modules, experiment, rank)
+    elif given.layers:
+        raise AdapterError(f"model.adapter: {experiment.model.adapter}: is a LoRA; the method lokr starts from a LoKr")
+
+
+def _check_layers(given: Adapter, modules: Mapping[str, Shape], experiment: Experiment, rank: int) -> None:
     folder = experiment.model.adapter
     if lokr.grouped(given.dense):
         raise AdapterError(f"model.adapter: {folder}: is a LoKr, which only the method lokr can start from")
+    if not given.layers:
+        raise AdapterError(f"model.adapter: {folder}: holds no LoRA layer")
     for name, x in given.layers.items():
-        if name not in layers:
+        if name not in modules:
             raise AdapterError(f"model.adapter: {folder}: layer {name} is none of the model's targets: another model?")
-        if x.shape != layers[name].shape:
-            raise AdapterError(f"model.adapter: {folder}: {name} is {x.shape}, the model's is {layers[name].shape}")
+        if x.shape != modules[name]:
+            raise AdapterError(f"model.adapter: {folder}: {name} is {x.shape}, the model's is {modules[name]}")
         if min(x.rank, *x.shape) > rank:
             raise AdapterError(f"model.adapter: {folder}: {name} has rank {x.rank}, above model.rank, {rank}")
+
+
+def _check_head(given: Adapter, head: Mapping[str, torch.Tensor], experiment: Experiment) -> None:
     for name, tensor in given.dense.items():
         if name not in head or head[name].shape != tensor.shape:
-            raise AdapterError(f"model.adapter: {folder}: {name} does not fit the model's head")
+            raise AdapterError(f"model.adapter: {experiment.model.adapter}: {name} does not fit the model's head")
 
 
 def _check_lokr(given: Adapter, own: Mapping[str, torch.Tensor], experiment: Experiment) -> None:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from safetensors.torch import save
 
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.types import RoundRecord, ServerState
-from polyrank.errors import InputError
+from polyrank.errors import InputError, TrainingError
+from polyrank.experiment import shapes
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.loading import parse
-from polyrank.files import TEMPORARY, sweep, write_bytes, write_text
+from polyrank.files import TEMPORARY, append_line, from_json, from_yaml, sweep, write_bytes, write_text
 
 _NO_RANK = -1  # of a layer that a client has not pruned
 
@@ -65,19 +68,36 @@ class Run:
             raise RunError(f"{folder}: no run here (a run's folder has experiment.yaml)")
         return cls(folder)
 
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Lets errors inside that more room on a disk or in memory would mend say how the run goes on."""
+        try:
+            yield
+        except (OSError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, TrainingError):
+                again = f"polyrank resume {shlex.quote(str(self.folder))}"
+                error.add_note(f"what is done is kept; when there is room, continue with: {again}")
+            raise
+
     def experiment(self) -> Experiment:
         """The resolved experiment."""
         path = self.folder / "experiment.yaml"
-        raw = yaml.safe_load(path.read_text())
+        try:
+            raw = from_yaml(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path}: not YAML: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: not an experiment")
         return parse(raw, str(path), self.folder)
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; it is the last thing written."""
-        if not self.summary_file.is_file():
-            return None
-        found: dict[str, Any] = json.loads(self.summary_file.read_text())
+        found: dict[str, Any] | None = shapes.read(self.summary_file, shapes.Summary, shapes.SUMMARY_KEYS)
+        return found
+
+    def setting(self) -> dict[str, Any] | None:
+        """What rounds do not change; None where the run has not written it."""
+        found: dict[str, Any] | None = shapes.read(self.setting_file, shapes.Setting, shapes.SETTING_KEYS)
         return found
 
     def append(self, record: RoundRecord, wall_seconds: float) -> None:
@@ -89,18 +109,15 @@ class Run:
             "measured_memory": plain.pop("measured_memory"),
         }
         for path, value in ((self.rounds_file, plain), (self.timings_file, measured)):
-            with open(path, "a") as file:
-                file.write(json.dumps(value) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(path, json.dumps(value))
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of complete lines, in order."""
-        yield from _lines(self.rounds_file)
+        yield from shapes.read_lines(self.rounds_file, shapes.Round, "the record of a round", shapes.ROUND_KEYS)
 
     def timings(self) -> Iterator[dict[str, Any]]:
         """What was measured of each round, in order: ``round``, ``wall_seconds``, ``measured_memory``."""
-        yield from _lines(self.timings_file)
+        yield from shapes.read_lines(self.timings_file, shapes.Timing, "the timing of a round")
 
     def wall_seconds(self) -> float:
         """Seconds spent in rounds, over all sittings."""
@@ -124,21 +141,30 @@ class Run:
         Raises:
             RunError: if the run has not measured any.
         """
-        found = dict(unpack(self.checkpoint).scores) if self.checkpoint.is_file() else {}
+        state = self._checkpoint()
+        found = dict(state.scores) if state else {}
         if not found:
             raise RunError(f"{self.folder}: has measured no importance yet")
         return found
 
+    def _checkpoint(self) -> ServerState | None:
+        """The state of the last checkpoint, or None before the first."""
+        try:
+            return unpack(self.checkpoint) if self.checkpoint.is_file() else None
+        except (SafetensorError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(f"{self.checkpoint}: damaged, so the run cannot be resumed: {error}") from None
+
     def restore(self) -> ServerState | None:
         """The last checkpoint, or None before the first; records of later rounds and half-written files are dropped."""
         sweep(self.folder)
-        try:
-            state = unpack(self.checkpoint) if self.checkpoint.is_file() else None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{self.checkpoint}: damaged, so the run cannot be resumed: {error}") from None
+        state = self._checkpoint()
         done = state.round if state else 0
-        for path in (self.rounds_file, self.timings_file):
-            kept = [value for value in _lines(path) if value["round"] < done]
+        for path, lines in ((self.rounds_file, self.records()), (self.timings_file, self.timings())):
+            kept = [value for value in lines if value["round"] < done]
+            if [value["round"] for value in kept] != list(range(done)):
+                raise RunError(
+                    f"{path}: does not have the {done} rounds of the checkpoint, so the run cannot be resumed"
+                )
             write_text(path, "".join(json.dumps(value) + "\n" for value in kept))
         return state
 
@@ -199,7 +225,7 @@ def pack(state: ServerState) -> bytes:
 def unpack(path: Path) -> ServerState:
     """The state in a file that `pack` made."""
     with safe_open(path, "pt") as file:
-        plain = json.loads(file.metadata()["state"])
+        plain = from_json(file.metadata()["state"])
 
         def part(name: str) -> Adapter:
             layers = {
@@ -216,13 +242,3 @@ def unpack(path: Path) -> ServerState:
                 for client, row in zip(keys["clients"], table, strict=True)
             }
         return ServerState(plain["round"], part("adapter"), part("folded"), plain["scores"], memory)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return  # a line that a crash cut short

@@ -8,7 +8,6 @@ What is planned again is found again: runs that are done are not repeated, and o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from urllib.parse import quote
 import yaml
 
 from polyrank.errors import InputError
+from polyrank.experiment import shapes
 from polyrank.experiment.components import did_you_mean
 from polyrank.experiment.config import ConfigError, Contender, Experiment, Regime, StudyConfig
 from polyrank.experiment.forecast import forecast
@@ -162,11 +162,10 @@ def cost(experiment: Experiment) -> dict[str, Any]:
 
 def listing(folder: Path) -> list[dict[str, Any]]:
     """The runs that a study's folder lists: ``run`` (its folder in there), ``method``, ``setting``, ``seed``."""
-    path = folder / "study.json"
-    if not path.is_file():
-        return []
-    cells: list[dict[str, Any]] = json.loads(path.read_text())["cells"]
-    return cells
+    found = shapes.read(folder / "study.json", shapes.Study)
+    for number, cell in enumerate(found["cells"] if found else ()):
+        shapes.check(shapes.Cell, cell, f"{folder / 'study.json'}: cells.{number}", ("method", "setting", "seed"))
+    return list(found["cells"]) if found else []
 
 
 def _contenders(methods: Sequence[str | Contender], raw: Mapping[str, Any], where: str) -> list[Contender]:
@@ -204,7 +203,7 @@ def _threads(folder: Path) -> int | None:
     for entry in listing(folder):
         path = folder / entry["run"] / "experiment.yaml"
         if path.is_file():
-            threads: int | None = yaml.safe_load(path.read_text()).get("threads")
+            threads: int | None = shapes.read_plan(path).get("threads")
             return threads
     return None
 

@@ -1,7 +1,8 @@
 """Adapters attached to a frozen model by forward hooks, at any rank per layer, without a trace afterwards.
 
 A tensor with one dimension more than its kind has is a stack: of a copy per example, or of a tensor per client. The
-rows of a batch then come in as many equal parts, and each part runs through its own.
+examples of a batch then come in as many equal parts, and each part runs through its own. Where a module's input has
+them is its layout (`polyrank.local.layout`), which the model is asked for (`polyrank.local.probe`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from polyrank.core.lowrank import Adapter, Factors, LowRank
 from polyrank.local import heads, lokr
+from polyrank.local.layout import BATCH_FIRST, Layout
 
 Batch = Mapping[str, Tensor]
 Forward = Callable[[Batch, Mapping[str, Tensor]], Tensor]
@@ -47,6 +49,8 @@ class Attachment:
         frozen: low-rank layers that only run.
         stacked: whether `dense` are stacks; the modules that own them run them then.
         kron: the LoKr layers among the dense parameters.
+        layouts: of the modules that are not batch-first.
+        examples: of the batch that runs now.
     """
 
     forward: Forward
@@ -58,6 +62,8 @@ class Attachment:
     frozen: dict[str, Layer] = field(default_factory=dict)
     stacked: bool = False
     kron: dict[str, lokr.LoKr] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    examples: int = 0
 
     def settle(self) -> Attachment:
         """Has the LoKr layers follow the dense parameters, after these have been set."""
@@ -65,8 +71,13 @@ class Attachment:
         return self
 
     def __call__(self, batch: Batch) -> Tensor:
+        self.examples = len(next(iter(batch.values())))
         own = self.fixed if self.stacked else {**self.fixed, **self.dense}
         return self.forward(batch, {name: tensor for name, tensor in own.items() if not lokr.is_part(name)})
+
+    def layout(self, name: str) -> Layout:
+        """Where a module's input has the examples of a batch."""
+        return self.layouts.get(name, BATCH_FIRST)
 
     def parameters(self) -> list[Tensor]:
         """What is trained."""
@@ -85,6 +96,7 @@ def attachment(
     frozen: Adapter,
     factors: Factors | None,
     copies: int | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Attachment:
     """`adapter` in training and `frozen` beside it, as tensors of their own on the model's device.
 
@@ -96,6 +108,7 @@ def attachment(
         factors: the factors that need gradients, with the dense parameters; None: nothing does.
         copies: a copy of every layer of `adapter` for each of so many examples, so that one backward pass leaves the
             gradient of each; None: one for all.
+        layouts: of the modules that are not batch-first.
     """
     trains = factors or ""
 
@@ -111,6 +124,7 @@ def attachment(
         dense={name: leaf(t, device).requires_grad_(factors is not None) for name, t in adapter.dense.items()},
         fixed={name: tensor.to(device) for name, tensor in frozen.dense.items()},
         frozen={name: on_device(x, device) for name, x in frozen.layers.items()},
+        layouts=layouts or {},
     ).settle()
 
 
@@ -137,13 +151,14 @@ def hooked(
         blocks: transformer blocks that keep their inputs only and run again in the backward pass.
     """
     names = {**live.A, **live.frozen, **live.kron}
-    handles = [modules[name].register_forward_hook(_hook(name, live, masks)) for name in names]
+    hooks = {name: _hook(name, live, masks) for name in names}
+    handles = [modules[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     replaced: dict[nn.Module, Callable[..., Tensor]] = {
         block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False) for block in blocks
     }
     if live.stacked:
         owners = heads.owners(name for name in live.dense if not lokr.is_part(name))
-        replaced |= {modules[name]: heads.stacked_forward(modules[name], name, live.dense) for name in owners}
+        replaced |= {modules[name]: heads.stacked_forward(modules[name], name, live) for name in owners}
     for module, forward in replaced.items():
         module.forward = forward
     try:
@@ -157,34 +172,35 @@ def hooked(
 
 def _hook(
     name: str, live: Attachment, masks: Masks | None
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
     """Adds the updates of one module, trained and held, to its output. Dropout is LoRA's: LoKr has none."""
+    layout = live.layout(name)
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].to(torch.float32)
+    def add(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        x = (args or tuple(kwargs.values()))[0].to(torch.float32)
         updates = []
         if name in live.frozen:
-            updates.append(_update(x, live.frozen[name]))
+            updates.append(_update(x, live.frozen[name], layout, live.examples))
         if name in live.kron:
-            updates.append(live.kron[name](x))
+            updates.append(live.kron[name](x, layout, live.examples))
         if name in live.A:
             scale = live.scales[name]
             if masks is not None:
-                x, scale = masks.drop(name, x), scale / (1.0 - masks.probability)
-            updates.append(_update(x, Layer(live.A[name], live.B[name], scale)))
+                x, scale = masks.drop(name, x, layout), scale / (1.0 - masks.probability)
+            updates.append(_update(x, Layer(live.A[name], live.B[name], scale), layout, live.examples))
         return output + reduce(torch.add, updates).to(output.dtype)
 
     return add
 
 
-def _update(x: Tensor, layer: Layer) -> Tensor:
+def _update(x: Tensor, layer: Layer, layout: Layout, examples: int) -> Tensor:
     """``scale * B (A x)`` of every position."""
     A, B, scale = layer
     if A.ndim == 2:
         return F.linear(F.linear(x, A), B) * scale
     # Positions of a part side by side; a pooler sees one an example, and some models flatten (b, T, d) themselves.
-    rows = x.reshape(len(A), -1, x.shape[-1])
-    return (rows @ A.mT @ B.mT * scale).reshape(*x.shape[:-1], -1)
+    parts = layout.parts(x, len(A), examples)
+    return layout.whole(parts @ A.mT @ B.mT * scale, x.shape[:-1], examples)
 
 
 class Masks:
@@ -204,6 +220,7 @@ class Masks:
         self.calls = [0] * len(seeds)
         self.rows: Sequence[int] = ()
         self.positions: Sequence[int] = ()
+        self.width = 0
 
     def counted(self, forward: Forward) -> Forward:
         """`forward` for one client, with every call meeting new masks."""
@@ -214,39 +231,38 @@ class Masks:
 
         return call
 
-    def meet(self, rows: Sequence[int], positions: Sequence[int] = ()) -> None:
+    def meet(self, rows: Sequence[int], positions: Sequence[int] = (), width: int = 0) -> None:
         """Begins a forward pass.
 
         Args:
             rows: for each client that takes part (the first ones), the rows of its part that a batch of its own would
                 have; without any, it has no batch in this pass. Parts are as long as the largest.
-            positions: likewise the positions of its rows, where they are filled up to the largest.
+            positions: likewise the positions of its rows, where they are filled up.
+            width: the positions that they are filled up to.
         """
-        self.rows, self.positions = rows, positions
+        self.rows, self.positions, self.width = rows, positions, width
         for client, count in enumerate(rows):
             self.calls[client] += count > 0
 
-    def drop(self, name: str, x: Tensor) -> Tensor:
+    def drop(self, name: str, x: Tensor, layout: Layout = BATCH_FIRST) -> Tensor:
         """`x` with dropped elements zero; what is kept is not scaled."""
         dropped = torch.zeros(x.shape, dtype=torch.bool)
-        for client, own in enumerate(self._parts(dropped)):
+        for client, own in enumerate(self._parts(dropped, layout)):
             path = f"{self.seeds[client]}/{self.calls[client]}/{name}"
             digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             own.copy_(torch.rand(own.shape, generator=generator) < self.probability)
         return x.masked_fill(dropped.to(x.device), 0.0)
 
-    def _parts(self, mask: Tensor) -> Iterator[Tensor]:
+    def _parts(self, mask: Tensor, layout: Layout) -> Iterator[Tensor]:
         """Each client's elements of a mask, without those that only fill up its part."""
         if len(self.rows) < 2:
             yield mask
             return
         parts, longest = len(self.rows), max(self.rows)
-        rest = mask.shape[1:]
-        if mask.shape[0] != parts * longest:  # a model that flattens rows and positions
-            rest = (max(self.positions), *rest)
-        cells = mask.view(parts, longest, *rest)
+        examples_at = layout.axis if layout.outer else layout.axis + 1
         for client, count in enumerate(self.rows):
-            own = cells[client, :count]
+            own = layout.group(mask, client, parts, count, parts * longest)
             # A module that sees one position of an example has none to leave out.
-            yield own[:, : self.positions[client]] if self.positions and own.ndim > 2 else own
+            filled = [a for a, size in enumerate(own.shape[:-1]) if size == self.width and a != examples_at]
+            yield own.narrow(filled[0], 0, self.positions[client]) if self.positions and filled else own

@@ -25,6 +25,7 @@ from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
 from polyrank.local.configs import ModelError
 from polyrank.local.describe import architecture, quantization_of
 from polyrank.local.images import Images, images_of
+from polyrank.local.layout import Layout
 from polyrank.local.structure import backbone_of as backbone_of
 from polyrank.local.structure import classifier_of, structure
 from polyrank.local.structure import transposed as transposed
@@ -46,6 +47,7 @@ class Base:
         blocks: full names of its transformer blocks.
         images: how it takes images, where it does.
         accepted: names of the inputs that it can be called with; None: any.
+        layouts: of the modules whose inputs are not batch-first, as `polyrank.local.probe` has seen them.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Base:
         self.images: Images | None = images_of(model, image_size) if images else None
         found = structure(model, frozenset(self.head))
         self.blocks = found.blocks
-        chosen, exact = resolve_targets(targets, found)
+        chosen, exact = resolve_targets(targets, found, f"{name!r} ({model.config.model_type})")
         named = dict(model.named_parameters())
         self.spec = ModelSpec(
             {n: found.linears[n] for n in chosen},
@@ -112,6 +114,8 @@ class Base:
         self.info = AdapterInfo(name, task, conv, tuple(dict.fromkeys(saved)))
         self.weights = sum(d_out * d_in for d_out, d_in in found.linears.values())
         self.accepted = _accepted(model)
+        self.layouts: dict[str, Layout] = {}
+        self.answers: dict[bool, Any] = {}
 
     def fingerprint(self) -> str:
         """A SHA-256 of the frozen weights' names, shapes, types and first and last values: the same base, or another.
@@ -170,7 +174,7 @@ class Base:
             checkpointing: whether transformer blocks run again in the backward pass instead of keeping activations.
             copies: a copy of the factors for each of so many examples, for gradients of each; None: one for all.
         """
-        live = attachment(self.logits, self.device, adapter, frozen or Adapter(), factors, copies)
+        live = attachment(self.logits, self.device, adapter, frozen or Adapter(), factors, copies, self.layouts)
         masks = Masks(dropout, [int(rng.integers(2**63 - 1))]) if dropout and rng is not None else None
         if masks is not None:
             live.forward = masks.counted(self.logits)

@@ -77,7 +77,7 @@ class Cohort:
         self.frozen = self._frozen(tasks)
         fixed = {name: tensor.to(base.device) for name, tensor in tasks[0].frozen.dense.items()}
         self.masks: Masks | None = None
-        self.live = Attachment(base.logits, fixed=fixed, stacked=self.stacked)
+        self.live = Attachment(base.logits, fixed=fixed, stacked=self.stacked, layouts=base.layouts)
         self.leaves: dict[Key, Tensor] = {}
         self.keep(len(jobs))
 
@@ -108,10 +108,10 @@ class Cohort:
 
     # --- one step
 
-    def meet(self, rows: Sequence[int], positions: Sequence[int]) -> None:
+    def meet(self, rows: Sequence[int], positions: Sequence[int], width: int) -> None:
         """Begins a pass with dropout, in which clients have so many rows, and texts so many positions, of their own."""
         assert self.masks is not None
-        self.masks.meet(rows, positions)
+        self.masks.meet(rows, positions, width)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """One optimizer of every client's own parts, with learning rates and weight decay of their own."""
@@ -129,6 +129,11 @@ class Cohort:
         """The gradients of what is trained, with the client in front."""
         found = {key: tensor.grad for key, tensor in self.leaves.items()}
         return {key: g if self.stacked else g[None] for key, g in found.items() if g is not None}
+
+    def gradients_of(self, client: int) -> dict[Key, Tensor]:
+        """The gradients of one client's own parts, in the shapes of its tensors."""
+        parts = {key: g[client][: len(self._part(key, client))] for key, g in self.gradients().items()}
+        return {key: self._turned(part) if key[0] == "B" else part for key, part in parts.items()}
 
     def clip(self) -> None:
         """Scales each client's gradients to its largest norm, as `torch.nn.utils.clip_grad_norm_` does."""

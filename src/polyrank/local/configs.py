@@ -16,29 +16,11 @@ AUTO = {
     "causal": "AutoModelForCausalLM",
 }
 WHAT = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
+_LONGEST = 300  # characters of a library's message
 
 
 class ModelError(InputError):
     """A model cannot be found, loaded, or used for the task."""
-
-
-def config_of(name: str, kind: str) -> Any:
-    """The config of a model that can be loaded as this kind. No code of the model's own is run.
-
-    Args:
-        name: hub name or folder.
-        kind: ``text``, ``image`` or ``causal``.
-
-    Raises:
-        ModelError: if there is none, Transformers does not know its model type, or has no model of this kind for it.
-    """
-    opening = f"model.name: {name!r} cannot be loaded as a {WHAT[kind]}"
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # what a config.json holds is the user's, and fails in any way in the library's hands
-        raise ModelError(f"{opening}: {_unknown(name) or first_line(error)}") from None
-    check_kind(config, kind, repr(name))
-    return config
 
 
 def check_kind(config: Any, kind: str, shown: str) -> None:
@@ -55,10 +37,10 @@ def check_kind(config: Any, kind: str, shown: str) -> None:
     has = [WHAT[other] for other, auto in AUTO.items() if type(config) in getattr(transformers, auto)._model_mapping]
     if WHAT[kind] in has:
         return
-    known = f"Transformers has it as {' and '.join(map(_a, has))}" if has else "it is none of what polyrank trains"
+    known = f"Transformers has it as {' and '.join(map(a, has))}" if has else "it is none of what polyrank trains"
     raise ModelError(
         f"model.name: {shown} is a {config.model_type} model ({type(config).__name__}) and cannot be loaded as "
-        f"{_a(WHAT[kind])}, which the data ask for: {known} (text classifiers, image classifiers, causal language "
+        f"{a(WHAT[kind])}, which the data ask for: {known} (text classifiers, image classifiers, causal language "
         "models)"
     )
 
@@ -66,7 +48,10 @@ def check_kind(config: Any, kind: str, shown: str) -> None:
 def first_line(error: Exception) -> str:
     """What an error of the library says, without the lists that may follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0][:300] if lines else "").removesuffix(".") or type(error).__name__
+    first = next(iter(lines), type(error).__name__)
+    for listing in (", or contain one of", "Model type should be one of"):
+        first = first.partition(listing)[0]
+    return first[:_LONGEST].removesuffix(".")
 
 
 def senses(config: Any) -> list[Any]:
@@ -112,22 +97,28 @@ def padding(config: Any) -> int:
     return int(stated if stated is not None else getattr(config.get_text_config(), "pad_token_id", None) or 0)
 
 
-def _a(what: str) -> str:
+def a(what: str) -> str:
+    """The word with its article."""
     return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
-def _unknown(name: str) -> str | None:
-    """Why the library could not read a folder's config.json, if that is a model that it does not know."""
+def reason_of(name: str, error: Exception) -> str:
+    """Why the library could not make a config of what is in a model's folder.
+
+    Args:
+        name: hub name or folder.
+        error: what it said, with all the model types that it does know.
+    """
     try:
         stated = json.loads((Path(name) / "config.json").read_text())
         kind, code = stated.get("model_type"), stated.get("auto_map")
     except (OSError, ValueError, AttributeError):
-        return None
+        return first_line(error)
     version = f"Transformers {transformers.__version__}"
+    if kind in transformers.CONFIG_MAPPING:
+        return first_line(error)
     if code:
-        return f"it needs Python code from its own folder (auto_map), which polyrank never runs; {version} does not know it"
+        return f"it needs Python code of its own (auto_map), which polyrank never runs; {version} has no {kind!r}"
     if kind is None:
         return "its config.json has no model_type"
-    if kind not in transformers.CONFIG_MAPPING:
-        return f"{version} does not know its model_type, {kind!r}; a newer version may (pip install -U transformers)"
-    return None
+    return f"{version} does not know its model_type, {kind!r}; a newer version may (pip install -U transformers)"

@@ -26,6 +26,7 @@ from polyrank.local.heads import owners, stackable
 from polyrank.local.lokr import is_part
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.optimizer import autocast, optimizer_of
+from polyrank.local.probe import side_by_side
 
 ELEMENTS = 2**26
 """Most elements of the gradients of a forward pass: 256 MiB."""
@@ -100,7 +101,8 @@ def train_privately(
     refuse_unsound(base, task.adapter.dense)
     if task.penalty is not None or task.local.checkpointing:
         raise InputError("privacy.examples: neither a tail penalty nor local.checkpointing goes with it")
-    trained = _Trained(base, task, seed)
+    apart = max(map(len, samples), default=0) > 1 and side_by_side(base, data, task.local.dropout) is not None
+    trained = _Trained(base, task, seed, 1 if apart else task.local.batch)
     if samples and trained.tensors:
         with hooked(trained.live, base.modules, trained.masks):
             _run(trained, settings, samples, rate(task.local, examples) * examples, data, noise)
@@ -119,7 +121,7 @@ def _run(
 ) -> None:
     inner = optimizer_of(list(trained.tensors.values()), trained.task.local)
     optimizer = private_optimizer(inner, settings, expected, noise)
-    most = max(1, min(trained.task.local.batch, ELEMENTS // sum(map(torch.numel, trained.tensors.values()))))
+    most = max(1, min(trained.most, ELEMENTS // sum(map(torch.numel, trained.tensors.values()))))
     for sample in samples:
         parts = [sample[at : at + most] for at in range(0, len(sample), most)] or [sample]
         for part in parts:
@@ -134,8 +136,8 @@ def _run(
 class _Trained:
     """What a client trains, and the model that runs a copy of it for each example."""
 
-    def __init__(self, base: Base, task: Task, seed: int) -> None:
-        self.base, self.task = base, task
+    def __init__(self, base: Base, task: Task, seed: int, most: int) -> None:
+        self.base, self.task, self.most = base, task, most  # most: examples of a pass
         held: dict[Key, Tensor] = {
             **{("A", name): x.A for name, x in task.adapter.layers.items()},
             **{("B", name): x.B for name, x in task.adapter.layers.items()},
@@ -154,6 +156,7 @@ class _Trained:
             fixed={name: tensor.to(base.device) for name, tensor in task.frozen.dense.items()},
             frozen={name: on_device(x, base.device) for name, x in task.frozen.layers.items()},
             stacked=True,
+            layouts=base.layouts,
         )
         self._copies(1)
 

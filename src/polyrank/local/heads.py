@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyrank.local.layout import Layout
+
 Stacks = Mapping[str, Tensor]
+
+
+class Stacked(Protocol):
+    """What is attached to a model, as far as its heads see it."""
+
+    @property
+    def dense(self) -> Stacks: ...
+
+    @property
+    def examples(self) -> int: ...
+
+    def layout(self, name: str) -> Layout: ...
 
 
 def stackable(modules: Mapping[str, nn.Module], parameters: Iterable[str]) -> bool:
@@ -21,46 +36,42 @@ def owners(parameters: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
 
 
-def stacked_forward(module: nn.Module, name: str, stacks: Stacks) -> Callable[[Tensor], Tensor]:
+def stacked_forward(module: nn.Module, name: str, live: Stacked) -> Callable[[Tensor], Tensor]:
     """The forward pass of a module with stacks n x ... in place of some of its parameters.
 
-    The rows of its input come in n equal parts; each runs through its own parameters, and all through the module's
+    The examples of a batch come in n equal parts; each runs through its own parameters, and all through the module's
     own where there is no stack.
 
     Args:
         module: a linear layer or a layer normalisation.
         name: its full name.
-        stacks: by full names of parameters; read at every call.
+        live: has the stacks, by full names of parameters; read at every call.
     """
-    return partial(_FORWARD[type(module).__name__], module, name, stacks)
+    return partial(_in_parts, _FORWARD[type(module).__name__], module, name, live)
 
 
-def _linear(module: nn.Module, name: str, stacks: Stacks, x: Tensor) -> Tensor:
-    rows = _parts(name, stacks, x)
-    y = rows @ _own(module, name, stacks, "weight", 2).mT
-    return _with_bias(y, module, name, stacks).reshape(*x.shape[:-1], y.shape[-1])
+def _in_parts(forward: Callable[..., Tensor], module: nn.Module, name: str, live: Stacked, x: Tensor) -> Tensor:
+    layout, stacks = live.layout(name), live.dense
+    count = next(len(tensor) for parameter, tensor in stacks.items() if parameter.rpartition(".")[0] == name)
+    y = forward(module, name, stacks, layout.parts(x, count, live.examples))
+    return layout.whole(y, x.shape[:-1], live.examples)
 
 
-def _conv1d(module: nn.Module, name: str, stacks: Stacks, x: Tensor) -> Tensor:
+def _linear(module: nn.Module, name: str, stacks: Stacks, rows: Tensor) -> Tensor:
+    return _with_bias(rows @ _own(module, name, stacks, "weight", 2).mT, module, name, stacks)
+
+
+def _conv1d(module: nn.Module, name: str, stacks: Stacks, rows: Tensor) -> Tensor:
     """GPT-2's linear layer, whose weight is d_in x d_out."""
-    rows = _parts(name, stacks, x)
-    y = rows @ _own(module, name, stacks, "weight", 2)
-    return _with_bias(y, module, name, stacks).reshape(*x.shape[:-1], y.shape[-1])
+    return _with_bias(rows @ _own(module, name, stacks, "weight", 2), module, name, stacks)
 
 
-def _layer_norm(module: nn.LayerNorm, name: str, stacks: Stacks, x: Tensor) -> Tensor:
-    y = F.layer_norm(_parts(name, stacks, x), module.normalized_shape, eps=module.eps)
-    y = y * _own(module, name, stacks, "weight", 1)
-    return _with_bias(y, module, name, stacks).reshape(x.shape)
+def _layer_norm(module: nn.LayerNorm, name: str, stacks: Stacks, rows: Tensor) -> Tensor:
+    y = F.layer_norm(rows, module.normalized_shape, eps=module.eps) * _own(module, name, stacks, "weight", 1)
+    return _with_bias(y, module, name, stacks)
 
 
 _FORWARD: dict[str, Callable[..., Tensor]] = {"Linear": _linear, "Conv1D": _conv1d, "LayerNorm": _layer_norm}
-
-
-def _parts(name: str, stacks: Stacks, x: Tensor) -> Tensor:
-    """x as n x rows x features."""
-    count = next(len(tensor) for parameter, tensor in stacks.items() if parameter.rpartition(".")[0] == name)
-    return x.reshape(count, -1, x.shape[-1])
 
 
 def _own(module: nn.Module, name: str, stacks: Stacks, parameter: str, ndim: int) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,23 @@ import transformers
 from torch import Tensor, nn
 
 from polyrank.core.architecture import Quantization
-from polyrank.local import configs
+from polyrank.local import configs, peft_layers
 from polyrank.local.adapters import read_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base, backbone_of
+from polyrank.local.causality import check_causal, check_causal_config
+from polyrank.local.checkpoint import CheckpointError, check_weights, entries
+from polyrank.local.completeness import check_complete, gaps_of, gaps_without_weights
 from polyrank.local.configs import AUTO, WHAT
-from polyrank.local.configs import ModelError as ModelError
+from polyrank.local.pretrained import (
+    ModelError,
+    config_of,
+    padding_token,
+    quiet,
+    tell_padding,
+    tokenizer_at_hand,
+    without_strange_padding,
+)
 from polyrank.local.quantized import check_quantization, loading, settled
 
 
@@ -83,42 +93,43 @@ def load_base(
         InputError: if it cannot be quantised here.
     """
     _check_dtype(getattr(torch, dtype, None), device)
-    configs.config_of(name, kind)
     smaller = {} if quantize is None else _quantized(name, targets, kind, len(classes), device, dtype, quantize)
-    labels = dict(enumerate(classes))
-    head = {
-        "num_labels": len(labels),
-        "id2label": labels,
-        "label2id": {text: index for index, text in labels.items()},
-        "ignore_mismatched_sizes": True,
-    }
+    config = _config(name, kind)
+    if kind != "causal":
+        labels = dict(enumerate(classes))
+        config.num_labels, config.id2label = len(labels), labels
+        config.label2id = {text: index for index, text in labels.items()}
+    files = _entries(name, kind)
+    if files is None and Path(name).is_dir():
+        _checked(name, kind, check_weights)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63 - 1)))
         try:
             model, report = getattr(transformers, AUTO[kind]).from_pretrained(
                 name,
-                **({} if kind == "causal" else head),
+                config=config,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=False,
                 dtype=_dtype(dtype),
                 **_attention(attention),
                 **smaller,
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model.name: {name!r} cannot be loaded as a {WHAT[kind]}: {error}") from None
-    if kind == "causal" and report["missing_keys"]:
-        raise ModelError(f"model.name: {name!r} lacks {sorted(report['missing_keys'])[0]}: not a causal language model")
-    prefix = backbone_of(model)
-    misshapen = [entry[0] for entry in report["mismatched_keys"] if entry[0].startswith(prefix)]
-    if misshapen:
-        raise ModelError(f"model.name: {name!r} does not fit its own config: {misshapen[0]} has another shape")
+        except Exception as error:  # whatever a library makes of files that somebody else has written
+            reason = configs.first_line(error)
+            raise ModelError(f"model.name: {name!r} cannot be loaded as {configs.a(WHAT[kind])}: {reason}") from None
+    check_complete(model, gaps_of(report), name, causal=kind == "causal")
     _check_dtype(model.dtype, device)
-    new = [key for key in report["missing_keys"] if key.startswith(prefix)]
+    new = [key for key in report["missing_keys"] if key.startswith(backbone_of(model))]
     if new and quantize is not None:
         raise ModelError(f"model.quantize: {quantize}: {name!r} lacks {min(new)}, and what is new is not quantised")
-    model = settled(_with_padding(model) if kind == "text" else model)
+    if kind != "image":
+        tell_padding(model.config, padding_token(model.config, tokenizer_at_hand(name, download=True)))
     made = {"name": name, "device": device, "new": report["missing_keys"], "tokens": tokens}
-    return Base(model, targets, **made, kind=kind, image_size=image_size)
+    base = Base(settled(model), targets, **made, kind=kind, image_size=image_size)
+    if kind == "causal":
+        check_causal(base)
+    return base
 
 
 def base_from_config(
@@ -147,37 +158,67 @@ def base_from_config(
     Raises:
         ModelError: if there is no such config, or it is not one of this kind.
     """
-    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        shown = repr(name) if isinstance(name, str) else name.model_type
-        config = configs.config_of(name, kind) if isinstance(name, str) else name
-        configs.check_kind(config, kind, shown)
-        if classes is not None and kind != "causal":
-            config.num_labels = classes
-        config.architectures = config.architectures or []
-        try:
-            with torch.device(device):
-                model = getattr(transformers, AUTO[kind]).from_config(
-                    config, dtype=_dtype(dtype, config), **_attention(attention)
-                )
-        except Exception as error:  # a config's values are the user's, and fail in any way in the library's hands
-            reason = configs.first_line(error)
-            raise ModelError(f"model.name: {shown} cannot be made from its config: {reason}") from None
-    model = model if kind == "image" else _with_padding(model)
+    config = _config(name, kind) if isinstance(name, str) else without_strange_padding(name)
+    if classes is not None and kind != "causal":
+        config.num_labels = classes
+    config.architectures = config.architectures or []
+    shown = repr(name) if isinstance(name, str) else name.model_type
+    model = _made(config, kind, shown, device, dtype=_dtype(dtype, config), **_attention(attention))
+    if kind != "image":
+        tokenizer = tokenizer_at_hand(name) if isinstance(name, str) else None
+        tell_padding(model.config, padding_token(model.config, tokenizer))
     return Base(model, targets, name=str(name), device=device, tokens=tokens, kind=kind, image_size=image_size)
 
 
-def _with_padding(model: nn.Module) -> nn.Module:
-    """Decoders need to know which token pads a text."""
-    padded(model.config)
+def check_files(name: str, kind: str) -> None:
+    """Holds a local folder's weights, if it has any, against its config; of the files, headers alone are read.
+
+    Raises:
+        InputError: if a file is broken or missing, or a backbone is not whole.
+    """
+    files = _entries(name, kind)
+    config = _config(name, kind)
+    if files is None or getattr(config, "quantization_config", None) is not None:
+        return
+    model = _made(config, kind, repr(name), "meta")
+    with quiet(), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        gaps = gaps_without_weights(model, files)
+    check_complete(model, gaps, name, causal=kind == "causal")
+
+
+def _made(config: Any, kind: str, shown: str, device: str, **options: Any) -> nn.Module:
+    """A model without a checkpoint."""
+    configs.check_kind(config, kind, shown)
+    with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device(device):
+        warnings.simplefilter("ignore")
+        try:
+            model: nn.Module = getattr(transformers, AUTO[kind]).from_config(config, **options)
+        except Exception as error:  # whatever a library makes of a config that somebody else has written
+            reason = configs.first_line(error)
+            raise ModelError(f"model.name: {shown} cannot be loaded as {configs.a(WHAT[kind])}: {reason}") from None
     return model
 
 
-def padded(config: Any) -> Any:
-    """A text model's config, with a token that pads texts: their end, where nothing else is said."""
-    if hasattr(config, "vocab_size") and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = getattr(config, "eos_token_id", None) or 0
+def _config(name: str, kind: str) -> Any:
+    """The config of a model of this kind."""
+    config = config_of(name, WHAT[kind])
+    if kind == "causal":
+        check_causal_config(config, name, type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING)
+    configs.check_kind(config, kind, repr(name))
     return config
+
+
+def _entries(name: str, kind: str) -> Any:
+    return _checked(name, kind, entries) if Path(name).is_dir() else None
+
+
+def _checked(name: str, kind: str, check: Callable[[Path], Any]) -> Any:
+    """What a look at a folder's files gives; what is wrong with them, as what is wrong with the model."""
+    try:
+        return check(Path(name))
+    except CheckpointError as error:
+        raise ModelError(f"model.name: {name!r} cannot be loaded as {configs.a(WHAT[kind])}: {error}") from None
 
 
 def _quantized(
@@ -232,31 +273,20 @@ def save_model(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
+def load_plain(folder: Path, kind: str) -> Callable[[Batch], Tensor]:
+    """Logits of a whole model, loaded from its folder as anybody loads it."""
+    with quiet():
+        model = getattr(transformers, AUTO[kind]).from_pretrained(str(folder), dtype="auto").eval()
+    return lambda batch: model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+
+
 def load_exported(base: Base, folder: Path) -> Callable[[Batch], Tensor]:
     """Logits of the base with an exported adapter, loaded by PEFT itself. The base carries it from then on.
 
     Raises:
-        ModelError: if it is a LoKr on GPT-2's kind of linear layer, which PEFT cannot load.
+        ModelError: if it is a LoKr on GPT-2's kind of linear layer, which PEFT cannot load, or PEFT loses layers of it.
     """
-    if base.info.fan_in_fan_out and read_adapter(folder)[1].rank is not None:
+    adapter, info = read_adapter(folder)
+    if base.info.fan_in_fan_out and info.rank is not None:
         raise ModelError(f"{folder}: PEFT has no LoKr for Conv1D layers, GPT-2's, so it cannot load this adapter")
-    from peft import PeftModel  # with all that it imports, a second that most commands need not wait
-
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(base.model, str(folder)).to(base.device).eval()
-    return lambda batch: model(**base.inputs(batch)).logits
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading without progress bars and without warnings about the new head, which is expected."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
+    return peft_layers.loaded(base, folder, adapter)

@@ -21,6 +21,7 @@ from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.data import Examples, Indices, by_length
 from polyrank.local.losses import asked, asked_alone
+from polyrank.local.probe import side_by_side
 
 POSITIONS = 1024
 """Most input positions of a batch."""
@@ -78,7 +79,10 @@ def _fisher(base: Base, state: ServerState, data: Examples, indices: Indices, qu
     """The squared gradients of all examples, added up: for every layer one tensor like A and one like B."""
     sums: Sums = {}
     size = sum(x.A.numel() + x.B.numel() for x in state.adapter.layers.values())
-    for chosen in by_length(indices, data.lengths, POSITIONS, max(1, ELEMENTS // max(size, 1))):
+    most = max(1, ELEMENTS // max(size, 1))
+    if len(indices) > 1 and side_by_side(base, data) is not None:
+        most = 1
+    for chosen in by_length(indices, data.lengths, POSITIONS, most):
         with base.attached(*_parts(state), "AB", copies=len(chosen)) as model:
             _backward(base, model, data, chosen, query, uniforms)
             found = {name: [t.grad for t in pair if t.grad is not None] for name, pair in _factors(model).items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 from polyrank.core.lokr import Shape, lokr_parameters
 from polyrank.core.lowrank import precision
 from polyrank.core.rng import torch_generator
+from polyrank.local.layout import BATCH_FIRST, Layout
 
 _SCALE = "lokr_scale"
 _FACTORS = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", _SCALE)
@@ -49,7 +50,7 @@ class LoKr:
         w2 = self.w2 if isinstance(self.w2, Tensor) else _float(self.w2[0]) @ _float(self.w2[1])
         return self.scale * torch.kron(_float(self.w1), _float(w2))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, layout: Layout = BATCH_FIRST, examples: int = 0) -> Tensor:
         """``x @ (scale * kron(w1, w2)).T``, without the d_out x d_in matrix.
 
         With x as an m x n matrix it is ``scale * w1 X w2^T``, l x k: m n k + l m k products per position, not d_out
@@ -57,22 +58,25 @@ class LoKr:
 
         Args:
             x: inputs, any shape that ends in d_in = m n.
+            layout: where x has the examples of a batch; of stacks alone.
+            examples: of the batch; of stacks alone.
         """
         w1 = self.w1 if self.scale == 1.0 else self.w1 * self.scale
         w2 = self.w2 if isinstance(self.w2, Tensor) else self.w2[0] @ self.w2[1]
         if w1.ndim == 3:
-            return _in_parts(x, w1, w2)
+            parts = layout.parts(x, len(w1), examples)
+            return layout.whole(_of_parts(parts, w1, w2), x.shape[:-1], examples)
         inner = F.linear(x.unflatten(-1, (w1.shape[1], -1)), w2)  # ... m k
         return F.linear(inner.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
 
 
-def _in_parts(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """`LoKr` with w1 (c x l x m) and w2 (c x k x n), for the c equal parts of x."""
-    parts, m = len(w1), w1.shape[2]
-    inner = x.reshape(parts, -1, w2.shape[2]) @ w2.mT  # c (p m) k
+def _of_parts(parts: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """`LoKr` with w1 (c x l x m) and w2 (c x k x n), for c parts of as many rows p: c x p x m n to c x p x l k."""
+    count, m = len(w1), w1.shape[2]
+    inner = parts.reshape(count, -1, w2.shape[2]) @ w2.mT  # c (p m) k
     turned = inner.unflatten(1, (-1, m)).mT.flatten(1, 2)  # c (p k) m
     outer = (turned @ w1.mT).unflatten(1, (-1, w2.shape[1])).mT  # c p l k
-    return outer.reshape(*x.shape[:-1], -1)
+    return outer.flatten(2)
 
 
 def fresh(modules: Mapping[str, Shape], rank: int, rng: np.random.Generator) -> dict[str, Tensor]:

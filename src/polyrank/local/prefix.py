@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from polyrank.core.types import Client, LocalTraining, Task
+from polyrank.data.padding import RIGHT
 from polyrank.local.attach import Attachment, Batch
 from polyrank.local.base import Base
 from polyrank.local.data import Examples, Indices, by_length
@@ -136,6 +137,9 @@ class Prefixes:
         """The block that this client's training would go on from; 0 where it starts from the input."""
         block = lowest(self.base, task) if self._one_stack else 0
         drops = any(module.training for module in self.base.modules.values())
+        # Rows are kept without what fills them up on the right.
+        if getattr(self.data, "padding", RIGHT).side != "right":
+            return 0
         if drops or not _sees_all(task.local, len(indices)) or not self._enters.get(block, True):
             return 0
         return block
@@ -149,9 +153,9 @@ class Prefixes:
             few = data.batch(batches[-1][-2:])  # the shortest
             hidden, extras = _entering(self.base, block, model, few)
             if block not in self._enters:
-                self._enters[block] = _goes_on(self.base, block, model, few)
+                self._enters[block] = _in_rows(hidden, few) and _goes_on(self.base, block, model, few)
             # Where a parameter outside all blocks is trained and lies below them, its gradient reaches the rows.
-            if hidden.requires_grad or not self._enters[block]:
+            if not self._enters[block] or hidden.requires_grad:
                 return None
             order = np.concatenate(batches)
             # Texts are padded on the right, and what pads them is masked; images have as many positions each.
@@ -225,7 +229,7 @@ def _entering(base: Base, block: int, model: Attachment, batch: Batch) -> tuple[
         found.append((None,) * (len(output) - 1) if isinstance(output, tuple) else None)
 
     def stop(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+        found.append(args[0] if args else kwargs.get("hidden_states"))
         raise _Reached
 
     under, at = (base.modules[base.blocks[index]] for index in (block - 1, block))
@@ -268,6 +272,14 @@ def _going_on(base: Base, block: int, extras: Extras | None, rows: Callable[[Ten
         handle.remove()
         for module in below:
             del module.forward
+
+
+def _in_rows(hidden: object, batch: Batch) -> bool:
+    """Whether it is b x T x d, for the examples of the batch and, of texts, their positions."""
+    shape = tuple(next(iter(batch.values())).shape)
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        return False
+    return hidden.shape[:2] == shape if "input_ids" in batch else hidden.shape[0] == shape[0]
 
 
 def _goes_on(base: Base, block: int, model: Attachment, batch: Batch) -> bool:

@@ -11,7 +11,7 @@ import transformers
 from polyrank.data.prompts import CHAT, form_of, prompt_of
 from polyrank.data.source import Prompting, Turn
 from polyrank.local import configs
-from polyrank.local.hf import ModelError, quiet
+from polyrank.local.pretrained import ModelError, config_of, padding_of, quiet, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ def text_processor(name: str, max_length: int) -> TextProcessor:
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     probe = encode(["The quick brown fox, 12345. Ärger 東京"])[0]
     fingerprint = f"{name}|{len(tokenizer)}|{max_length}|{probe}"
-    return TextProcessor(encode, int(pad or 0), fingerprint)
+    return TextProcessor(encode, padding_of(name, tokenizer), fingerprint)
 
 
 def causal_processor(name: str, max_length: int, prompting: Prompting) -> CausalProcessor:
@@ -74,11 +73,10 @@ def causal_processor(name: str, max_length: int, prompting: Prompting) -> Causal
             ids = [*ids, *end] if turn.response and ids[-1:] != end else ids
         return ids[:max_length], 0 if prompting.train_on_inputs else min(first, max_length)
 
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     probe = one(Turn("The quick brown fox", "12345. Ärger 東京", "Yes."))
     return CausalProcessor(
         lambda turns: [one(turn) for turn in turns],
-        int(pad),
+        padding_of(name, tokenizer),
         f"{name}|{len(tokenizer)}|{max_length}|{form_of(prompting)}|{probe}",
     )
 
@@ -107,23 +105,10 @@ def _chat(tokenizer: Any, turn: Turn) -> tuple[list[int], int]:
     return found["input_ids"], next(reaching, len(found["input_ids"]))
 
 
-def tokenizer_of(name: str) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ModelError: if it has none.
-    """
-    with quiet():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.name: {name!r} has no tokenizer: {error}") from None
-
-
 def image_processor(name: str, image_size: int | None = None) -> ImageProcessor:
     """Size, channels and normalisation that the model was trained with; 0.5 where it does not say."""
+    config = config_of(name, "image classifier")
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(name)
         try:
             stated, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
         except OSError:

@@ -11,10 +11,8 @@ from polyrank.data.choices import Question
 from polyrank.data.prompts import CHAT, prompt_of
 from polyrank.data.source import DataError, Turn
 from polyrank.local.choices import Choices
-from polyrank.local.processors import located_response, tokenizer_of
-
-_POSITIONS = 2048
-"""Of models whose config states no limit."""
+from polyrank.local.pretrained import padding_of, tokenizer_of
+from polyrank.local.processors import located_response
 
 
 class Prompter:
@@ -28,8 +26,7 @@ class Prompter:
         """For a model's tokenizer, and the template of its instructions; `processors.causal_processor` checks both."""
         self.tokenizer: Any = tokenizer_of(name)
         self.template = template
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        self.pad_id = int(next((i for i in known if i is not None), 0))
+        self.pad_id = padding_of(name, self.tokenizer)
 
     def prompt(self, turn: Turn) -> str:
         """What stands before a turn's response."""
@@ -89,10 +86,3 @@ class Prompter:
         sizes = tuple(map(len, question.choices))
         kept = tuple(tuple(row[cut:]) for row in rows)
         return Choices(kept, tuple(start - cut for start in starts), sizes, question.answer, question.subject)
-
-
-def positions(model: nn.Module) -> int:
-    """The longest text that a model takes, in tokens."""
-    config: Any = model.config
-    known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return next((found for found in known if isinstance(found, int) and found > 0), _POSITIONS)

@@ -13,8 +13,17 @@ from torch import nn
 
 from polyrank.files import write_json
 from polyrank.local.base import Base
-from polyrank.local.hf import ModelError, padded, quiet
 from polyrank.local.images import Images
+from polyrank.local.pretrained import (
+    ModelError,
+    config_of,
+    padding_of,
+    padding_token,
+    quiet,
+    tell_padding,
+    tokenizer_at_hand,
+    tokenizer_of,
+)
 from polyrank.local.processors import ImageProcessor, image_processor
 
 _SHARD = "2GB"
@@ -63,25 +72,34 @@ def save_config(name: str, folder: Path, classes: Sequence[str] | None) -> None:
     Raises:
         ModelError: if there is no such config.
     """
-    labels = dict(enumerate(classes or ()))
-    named = {"id2label": labels, "label2id": {text: index for index, text in labels.items()}}
+    config = config_of(name)
+    if classes is not None:
+        labels = dict(enumerate(classes))
+        config.num_labels, config.id2label = len(labels), labels
+        config.label2id = {text: index for index, text in labels.items()}
+    if hasattr(config.get_text_config(), "vocab_size"):
+        tell_padding(config, padding_token(config, tokenizer_at_hand(name, download=True)))
     with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(name, **({} if classes is None else named))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{name!r}: no config of the base model: {error}") from None
-        padded(config)
         config.save_pretrained(folder)
 
 
 def save_tokenizer(name: str, folder: Path, max_length: int | None) -> None:
-    """Writes the model's tokenizer. It pads with what the model takes for padding, and cuts at `max_length` if any."""
+    """Writes the model's tokenizer. It pads with what the model takes for padding; of a classifier, it cuts texts, too.
+
+    Args:
+        name: the model's.
+        folder: where to.
+        max_length: tokens that a classifier's texts are cut to; they are padded on the right, as in training. None: of
+            a causal language model.
+    """
+    tokenizer = tokenizer_of(name)
+    pad = padding_of(name, tokenizer)
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    if max_length is not None:
+        tokenizer.padding_side = "right"
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if tokenizer.pad_token_id is None:
-            pad = padded(transformers.AutoConfig.from_pretrained(name)).pad_token_id
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or tokenizer.model_max_length)
         tokenizer.save_pretrained(folder)
 
 

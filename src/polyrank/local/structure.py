@@ -14,10 +14,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 _ATTENTION = ("attention", "attn")
+_FUSED = ("x_proj", "dt_proj", "out_proj")  # of a Mamba mixer
 _SENSES = {"pixel_values", "input_features", "input_values"}  # what Transformers calls inputs that are no texts
 _NUMBERED = re.compile(r"(?P<stem>.*?)_?\d+")
 
@@ -33,7 +37,8 @@ class Structure:
         attention: those of `linears` that are inside the attention of a block.
         others: elements of the backbone's matrices and tensors that belong to no linear layer and no embedding, such as
             ``model.layers.*.mlp.experts.down_proj``, by name with ``*`` for numbers, the largest first.
-        elements: of the whole backbone.
+        elements: of the whole backbone, as far as it runs.
+        passed: linear layers whose weights the model reads past them, so that an adapter would not be asked.
     """
 
     backbone: str
@@ -42,6 +47,7 @@ class Structure:
     attention: frozenset[str]
     others: Mapping[str, int]
     elements: int
+    passed: tuple[str, ...] = ()
 
 
 def structure(model: nn.Module, head: frozenset[str] = frozenset()) -> Structure:
@@ -56,8 +62,9 @@ def structure(model: nn.Module, head: frozenset[str] = frozenset()) -> Structure
     names = [n for n, m in modules.items() if is_linear(m) and n.startswith(backbone) and f"{n}.weight" not in head]
     idle = _idle(model, blocks)
     idle = [] if all(_within(name, idle) for name in names) else idle
+    passed = tuple(name for name in names if _passed_by(modules, name))
     skipped = [*idle, *classifier_of(model)]
-    linears = {n: shape_of(modules[n]) for n in names if not _within(n, skipped)}
+    linears = {n: shape_of(modules[n]) for n in names if not _within(n, skipped) and n not in passed}
     blocks = [block for block in blocks if block.startswith(backbone) and any(_within(n, [block]) for n in linears)]
     attention = (n for block in blocks for n in linears if _within(n, [block]) and _attends(modules, n, block))
     others: dict[str, int] = {}
@@ -76,7 +83,7 @@ def structure(model: nn.Module, head: frozenset[str] = frozenset()) -> Structure
             kind = re.sub(r"\.\d+(?=\.|$)", ".*", owner if leaf == "weight" else name)
             others[kind] = others.get(kind, 0) + tensor.numel()
     largest = dict(sorted(others.items(), key=lambda entry: -entry[1]))
-    return Structure(backbone, linears, tuple(blocks), frozenset(attention), largest, elements)
+    return Structure(backbone, linears, tuple(blocks), frozenset(attention), largest, elements, passed)
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -109,8 +116,30 @@ def classifier_of(model: nn.Module) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, GPT-2's kind included."""
-    return isinstance(module, nn.Linear) or transposed(module)
+    """Whether it is a linear layer that runs as one, GPT-2's kind included: d_in numbers in, d_out numbers out."""
+    return transposed(module) or (isinstance(module, nn.Linear) and _runs_as_linear(module))
+
+
+def _runs_as_linear(module: nn.Linear) -> bool:
+    """Not Llama 4's router, which gives two tensors, nor a layer whose weights torch's attention reads past it."""
+    kind = type(module)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes"):
+        return True
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict().items()}
+    x = torch.empty(1, 1, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        y = functional_call(module, empty, (x,))
+    except Exception:  # it is called in a way of its own
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, 1, module.out_features)
+
+
+def _passed_by(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a Mamba mixer reads the layer's weights past the layer, as its kernels do: no hook would be asked."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in _FUSED and all(hasattr(modules[owner], sign) for sign in ("A_log", "D"))
 
 
 def transposed(module: nn.Module) -> bool:

@@ -38,19 +38,22 @@ class TargetError(InputError):
     """Targets that match no module of the model."""
 
 
-def resolve_targets(targets: str | Sequence[str], model: Structure) -> tuple[list[str], frozenset[str]]:
+def resolve_targets(
+    targets: str | Sequence[str], model: Structure, shown: str = "the model"
+) -> tuple[list[str], frozenset[str]]:
     """The full names of the targeted modules, in the order of the model, and those that were not targeted as a group.
 
     Args:
         targets: a group, a module name, or a list of module names.
         model: what it is built of.
+        shown: its name, for messages.
 
     Raises:
         TargetError: if a target matches nothing; the message lists what would match.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not model.linears:
-        raise TargetError(_no_linear(model))
+        raise TargetError(_no_linear(model, shown))
     chosen: set[str] = set()
     named: set[str] = set()
     for target in wanted:
@@ -91,16 +94,20 @@ def _nothing(target: str, model: Structure) -> str:
     if target in GROUPS:
         what = "no linear layer in its attention" if target == "attention" else "no transformer block"
         why = f" The model has {what}; all-linear targets the {len(model.linears)} linear layers that it has."
+    elif passed := next((n for n in model.passed if n == target or n.endswith(f".{target}")), None):
+        why = (
+            f" The model reads the weights of {passed} past that layer, so that an adapter there would change nothing."
+        )
     else:
         close = [word for word in get_close_matches(target, [*leaves, *GROUPS], n=1) if word != target]
         why = f" Did you mean {close[0]!r}?" if close else ""
     return f"model.targets: {target!r} matches no linear layer.{why} Would match: {listed}{more}; or {groups}."
 
 
-def _no_linear(model: Structure) -> str:
+def _no_linear(model: Structure, shown: str) -> str:
     kinds = ", ".join(list(model.others)[:3])
     made = f": its weights are {kinds}" if kinds else ""
     return (
-        f"model.name: the model has no linear layer outside its classifier{made}. Adapters update linear layers, and "
+        f"model.name: {shown} has no linear layer outside its classifier{made}. Adapters update linear layers, and "
         "neither convolutions nor other kinds; take a model with linear layers, such as a vision transformer"
     )

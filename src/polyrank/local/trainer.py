@@ -177,7 +177,10 @@ def _backward(
         batch = cast(Packable, data).packed(rows) if local.pack else data.batch(np.concatenate(rows))
         if local.dropout:
             positions = [max((int(data.lengths[row].sum()) for row in part), default=0) for part in parts]
-            cohort.meet(list(map(len, parts)), positions if "input_ids" in batch else [])
+            texts = batch.get("input_ids")
+            cohort.meet(
+                list(map(len, parts)), [] if texts is None else positions, 0 if texts is None else texts.shape[1]
+            )
         examples = map(np.concatenate, filled)
         going_on = resumed(list(zip(prefixes, examples, strict=False))) if prefixes else nullcontext()
         alone = asked_alone(cohort.base.output, batch["labels"])

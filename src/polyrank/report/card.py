@@ -19,6 +19,7 @@ from polyrank.experiment.planning import BUILT_IN_MODELS
 from polyrank.experiment.publishing import Export
 from polyrank.report.loading import TASKS, loading_code
 from polyrank.report.terminal import size
+from polyrank.report.text import code, markdown
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _METRICS = {
@@ -60,7 +61,7 @@ def model_card(export: Export, *, base: str | None = None, licence: str | None =
     }
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
-        f"# {repo.split('/')[-1] if repo else _title(export)}",
+        f"# {markdown(repo.split('/')[-1] if repo else _title(export))}",
         *_opening(export, hub_base),
         "## How to load it",
         f"```python\n{loading_code(export, repo)}```",
@@ -118,11 +119,11 @@ def _index(export: Export, dataset: str | None) -> list[dict[str, Any]]:
 
 
 def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
-    base = f"`{hub_base}`" if hub_base else _unpublished(export.experiment.model.name)
+    base = code(hub_base) if hub_base else _unpublished(export.experiment.model.name)
     what, cut = _form(export), export.cut
     which = "selected on validation" if export.selected else "final"
     regime = export.experiment.regime
-    run = "federated run" if regime == "federated" else f"`{regime}` run, which is none of a federation"
+    run = "federated run" if regime == "federated" else f"{code(regime)} run, which is none of a federation"
     if export.merged:
         yield (
             f"A {_MODELS[export.kind]}: {base} with the {which} {what} adapter of a {run} merged into its "
@@ -132,28 +133,28 @@ def _opening(export: Export, hub_base: str | None) -> Iterator[str]:
         yield f"A {what} adapter for {base}, the {which} one of a {run}, in PEFT's format."
     if cut.rank is not None:
         worst, error = cut.worst
-        lost = f"at a relative error of {cut.overall:.2e} overall and {error:.2e} in the worst layer, `{worst}`"
+        lost = f"at a relative error of {cut.overall:.2e} overall and {error:.2e} in the worst layer, {code(worst)}"
         yield f"Every layer is its best approximation of rank at most {cut.rank}" + (f", {lost}." if error else ".")
     if export.kind == "causal":
         yield "It goes on with texts; losses and accuracy below are per token."
         return
     classes = list(export.setting["classes"])
-    shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    shown = ", ".join(map(markdown, classes[:20])) + (", ..." if len(classes) > 20 else "")
     yield f"{len(classes)} classes: {shown}. Their names are in `config.json`."
 
 
 def _unpublished(name: str) -> str:
     if name in BUILT_IN_MODELS:
-        return f"`{name}`, a small model that polyrank trains by itself"
+        return f"{code(name)}, a small model that polyrank trains by itself"
     if name.startswith("package:"):
-        return f"`{name.removeprefix('package:')}`, a folder of an installed Python package"
-    return f"`{name.rstrip('/').rpartition('/')[2]}`, a folder on the machine of the run"
+        return f"{code(name.removeprefix('package:'))}, a folder of an installed Python package"
+    return f"{code(name.rstrip('/').rpartition('/')[2])}, a folder on the machine of the run"
 
 
 def _prepared(export: Export) -> str:
     if export.kind == "causal":
         data: Any = export.experiment.data
-        how = "Texts as they are" if data.instruction is None else f"Prompts by the template `{data.template}`"
+        how = "Texts as they are" if data.instruction is None else f"Prompts by the template {code(str(data.template))}"
         return f"{how}, cut at {export.experiment.model.max_length} tokens in training."
     if export.kind == "text":
         return f"Texts are cut at {export.experiment.model.max_length} tokens, as in training."
@@ -171,7 +172,7 @@ def _training(export: Export) -> Iterator[str]:
     yield _table(
         ("", ""),
         [
-            ("data", f"{setting['data']}, {_split(export)}"),
+            ("data", markdown(f"{setting['data']}, {_split(export)}")),
             ("clients", f"{setting['clients']}, {e.cohort or 'all of them'} a round"),
             ("method", _method(summary["method"])),
             ("rounds", f"{summary['rounds']}, in each {passes} of batches of {local.batch}"),
@@ -184,7 +185,7 @@ def _training(export: Export) -> Iterator[str]:
     yield "Clients by what they can afford:"
     yield _table(
         ("group", "clients", "rank per module", "limited by"),
-        [(g["name"], str(g["clients"]), str(g["rank"]), g["limit"]) for g in setting["groups"]],
+        [(markdown(g["name"]), str(g["clients"]), str(g["rank"]), g["limit"]) for g in setting["groups"]],
     )
 
 
@@ -192,9 +193,9 @@ def _method(name: str) -> str:
     """What was run, in a line, with the paper it is from; nothing more for what is run in place of a federation."""
     found = next((entry for entry in entries("methods") if entry["name"] == name), None)
     if found is None:
-        return f"`{name}`"
+        return code(name)
     said = found["description"].rstrip(".")
-    return f"`{name}`: {said}" + ("" if found["reference"] in said else f". Reference: {found['reference']}")
+    return f"{code(name)}: {said}" + ("" if found["reference"] in said else f". Reference: {found['reference']}")
 
 
 def _split(export: Export) -> str:
@@ -255,7 +256,7 @@ def _privacy(export: Export) -> str:
 
 
 def _licence(licence: str | None) -> str:
-    stated = f"This work: `{licence}`." if licence else f"This work: not stated. {_OPEN}"
+    stated = f"This work: {code(licence)}." if licence else f"This work: not stated. {_OPEN}"
     others = "The base model and the training data have licences of their own, which the run does not know."
     return f"{stated} {others} {_OPEN}"
 
@@ -278,11 +279,11 @@ def _limits(export: Export) -> Iterator[str]:
 
 def _environment(export: Export) -> str:
     found: Mapping[str, Any] = export.summary["environment"]
-    return _table(("", ""), [(name, str(value)) for name, value in found.items() if value is not None])
+    return _table(("", ""), [(name, markdown(str(value))) for name, value in found.items() if value is not None])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |"
 
     return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])

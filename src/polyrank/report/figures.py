@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from polyrank.files import write_bytes
+from polyrank.report.text import in_figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _MOST_ROWS = 60
 
 
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Names are text: a dollar sign begins no formula, and letters that the font has not are no reason to warn."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("figures need one more package: pip install matplotlib (the extra 'report')") from None
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
+
+
+@_drawing()
 def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: list[str], title: str) -> None:
     """Client x class counts as a PNG.
 
@@ -30,7 +49,7 @@ def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: 
     figure = _figure(min(3.5 + 0.32 * columns, 22), min(1.8 + 0.26 * rows, 24))
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="viridis", aspect="auto", interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(in_figure(title))
     axes.set_xlabel("class")
     _ticks(axes.set_xticks, classes, 60, rotation=90 if columns > 12 else 0)
     _ticks(axes.set_yticks, clients, 60)
@@ -44,6 +63,7 @@ def split_heat_map(path: Path, counts: np.ndarray, clients: list[str], classes: 
     _save(figure, path)
 
 
+@_drawing()
 def plan_figure(path: Path, planned: Mapping[str, Any], title: str) -> None:
     """What ``polyrank plan`` knows as a PNG: budget against memory and links, and each group's memory by part.
 
@@ -59,7 +79,7 @@ def plan_figure(path: Path, planned: Mapping[str, Any], title: str) -> None:
     figure = _figure(15, 5.6 + 0.2 * len(shown))
     above, below = figure.subfigures(2, 1, height_ratios=[4.4, 1.2 + 0.2 * len(shown)])
     by_memory, by_link, parts = above.subplots(1, 3)
-    figure.suptitle(title)
+    figure.suptitle(in_figure(title))
     _rank_map(below.subplots(), planned, shown)
     groups, curves = planned["groups"], planned["curves"]
     colors = {group["name"]: _COLORS[index % len(_COLORS)] for index, group in enumerate(groups)}
@@ -114,7 +134,7 @@ def _stacked_memory(axes, groups) -> None:
     for place, group in enumerate(shown):
         if group["memory"] is not None:
             axes.hlines(group["memory"] / 2**20, place - 0.36, place + 0.36, color="#444444", linestyle="--")
-    axes.set_xticks(range(len(shown)), [group["name"] for group in shown])
+    axes.set_xticks(range(len(shown)), [in_figure(group["name"]) for group in shown])
     axes.set_ylabel("peak memory, MiB (dashed: what it has)")
     axes.margins(x=0.1, y=0.15)
     if shown:
@@ -139,27 +159,26 @@ def _steps(axes, steps, unit: float, label: str, color: str, style: str = "-") -
 
 
 def _mark(axes, x: float, group, colors) -> None:
-    label = f"{group['name']}: {group['budget']} ({group['limit']})"
+    label = in_figure(f"{group['name']}: {group['budget']} ({group['limit']})")
     axes.plot([x], [group["budget"]], "o", color=colors[group["name"]], label=label)
 
 
 def _figure(width: float, height: float):
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("figures need one more package: pip install matplotlib (the extra 'report')") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    write_bytes(path, file.getvalue())
 
 
 def _ticks(setter, names: list[str], most: int, **options) -> None:
     step = -(-len(names) // most)
     places = list(range(0, len(names), step))
-    setter(places, [names[place][:24] for place in places], fontsize=8, **options)
+    setter(places, [in_figure(names[place])[:24] for place in places], fontsize=8, **options)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
+from polyrank.experiment import shapes
 from polyrank.report.goal import ACCURACY, NATS, Goal
-from polyrank.report.records import Recorded, read_json, read_run
+from polyrank.report.records import Recorded, read_run
 
 _MACHINE = ("device", "threads", "simulation", "deployment", "baselines", "expected", "seed", "evaluate", "costs")
 _MOST_PARTS = 3
@@ -108,7 +109,7 @@ def gather(folders: Sequence[Path]) -> Gathered:
 
 def _study(folder: Path) -> tuple[str, list[Recorded], list[str]]:
     path = folder / "study.json"
-    plan = read_json(path)
+    plan = shapes.read(path, shapes.Study)
     runs, missing = [], []
     try:
         for cell in plan["cells"]:

@@ -74,7 +74,7 @@ def loading_code(export: Export, repo: str | None = None) -> str:
         repo: the repository to load from, in place of the working directory.
     """
     task, model = TASKS[export.kind], export.experiment.model
-    place = f'"{repo}"' if repo else '"."  # this folder, or its name on the hub'
+    place = json.dumps(repo) if repo else '"."  # this folder, or its name on the hub'
     if export.merged:
         imports = [f"from transformers import {task.inputs}, {task.model}"]
         load = [f"model = {task.model}.from_pretrained(place).eval()"]

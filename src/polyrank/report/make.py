@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polyrank.errors import InputError
-from polyrank.files import write_bytes, write_json, write_text
+from polyrank.files import encoded, from_json, write_bytes, write_json, write_text
 from polyrank.report import charts, tables
 from polyrank.report.gather import Gathered, gather
 from polyrank.report.page import MARKER, page
@@ -40,7 +39,7 @@ def make(
     written = {"page": html}
     texts: dict[Path, Mapping[str, bytes]] = {}
     if table_folder is not None:
-        texts[table_folder] = {name: text.encode() for name, text in _tables(table).items()}
+        texts[table_folder] = {name: encoded(text) for name, text in _tables(table).items()}
         written["tables"] = table_folder
     if figures is not None:
         texts[figures] = {**texts.get(figures, {}), **_figures(gathered, table)}
@@ -88,8 +87,8 @@ def _check_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def _listed(folder: Path) -> list[str]:
     path = folder / _LIST
     try:
-        return list(json.loads(path.read_text())) if path.is_file() else []
-    except ValueError:
+        return list(map(str, from_json(path.read_text()))) if path.is_file() else []
+    except (ValueError, TypeError):
         return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from polyrank.report.charts.shapes import Axis, Chart, Dots, Heat, Line, Lines, Panel, Points, thinned
 from polyrank.report.styles import NEUTRAL
+from polyrank.report.text import in_figure
 
 FORMATS = ("pdf", "svg", "png")
 _MARKERS = dict(
@@ -43,6 +45,7 @@ _RC = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "polyrank",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign begins no formula
 }
 _METADATA: Mapping[str, dict[str, Any]] = {
     "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
@@ -75,7 +78,8 @@ def _files(name: str, draw: Callable[[Any], None], chart: Chart) -> Iterator[tup
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("figures need one more package: pip install matplotlib (the extra 'report')") from None
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in letters that the font has not
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
@@ -101,7 +105,7 @@ def _draw(figure, chart: Chart) -> None:
             _points(axes, chart)
         for level in chart.levels:
             axes.axhline(
-                level.y, color=level.style.color, linestyle=_DASHES[level.style.dash], label=_plain(level.label)
+                level.y, color=level.style.color, linestyle=_DASHES[level.style.dash], label=in_figure(level.label)
             )
         _legend(figure, axes)
     _labels(axes, chart.x, chart.y)
@@ -117,7 +121,7 @@ def _line(axes, line: Line) -> None:
         markevery=every,
         markersize=4.5,
         linewidth=1.6,
-        label=_plain(line.label),
+        label=in_figure(line.label),
     )
     if line.spread:
         low, high = (np.array(line.y) + sign * np.array(line.spread) for sign in (-1, 1))
@@ -131,7 +135,7 @@ def _points(axes, chart: Points) -> None:
         axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=NEUTRAL, markeredgewidth=1)
     seen: set[str] = set()
     for point in chart.points:
-        label = None if point.label in seen else _plain(point.label)
+        label = None if point.label in seen else in_figure(point.label)
         seen.add(point.label)
         axes.errorbar(
             *(point.x, point.y),
@@ -146,7 +150,7 @@ def _points(axes, chart: Points) -> None:
         )
         if point.text:
             note = point.text.split(":")[0]
-            axes.annotate(_plain(note), (point.x, point.y), (6, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(in_figure(note), (point.x, point.y), (6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlim(left=0)
 
 
@@ -157,7 +161,7 @@ def _dots(figure, axes, chart: Dots) -> None:
         marker = _MARKERS[dot.style.marker]
         error = dot.spread or None
         axes.errorbar(dot.value, place, xerr=error, fmt=marker, color=dot.style.color, markersize=7, capsize=3)
-    axes.set_yticks(range(len(chart.dots)), [_plain(dot.label) for dot in reversed(chart.dots)])
+    axes.set_yticks(range(len(chart.dots)), [in_figure(dot.label) for dot in reversed(chart.dots)])
     axes.grid(axis="y", visible=False)
 
 
@@ -180,16 +184,19 @@ def _map(figure, chart: Heat, panel: Panel) -> None:
         axes.grid(visible=False)
         if panel.row_starts:
             axes.set_yticks(
-                [p - 0.5 for p, _ in panel.row_starts], [_plain(n) for _, n in panel.row_starts], fontsize=7, va="top"
+                [p - 0.5 for p, _ in panel.row_starts],
+                [in_figure(n) for _, n in panel.row_starts],
+                fontsize=7,
+                va="top",
             )
         else:
             _names(axes.set_yticks, panel.rows)
         if panel.starts:
             shown = [panel.starts[i] for i in thinned(len(panel.starts), 14)]
-            axes.set_xticks([p - 0.5 for p, _ in shown], [_plain(n) for _, n in shown], fontsize=7, ha="left")
+            axes.set_xticks([p - 0.5 for p, _ in shown], [in_figure(n) for _, n in shown], fontsize=7, ha="left")
         else:
             _names(axes.set_xticks, panel.columns, rotation=90 if max(map(len, panel.columns), default=0) > 3 else 0)
-        axes.set_title(_plain(panel.label if len(frames) == 1 else f"{panel.label}, {frame.label}"), fontsize=9)
+        axes.set_title(in_figure(panel.label if len(frames) == 1 else f"{panel.label}, {frame.label}"), fontsize=9)
         axes.set_xlabel(chart.x.title)
         axes.set_ylabel(chart.y.title)
         if rows * columns <= _MOST_WRITTEN and not chart.categories:
@@ -253,12 +260,7 @@ def _legend(figure, axes) -> None:
 
 def _names(setter, names: Sequence[str], **options) -> None:
     places = thinned(len(names), _MOST_LABELS)
-    setter(places, [_plain(names[i])[-28:] for i in places], fontsize=7, **options)
-
-
-def _plain(text: str) -> str:
-    """Text in which a dollar sign begins no formula."""
-    return text.replace("$", r"\$")
+    setter(places, [in_figure(names[i])[-28:] for i in places], fontsize=7, **options)
 
 
 def all_files(charts: Iterable[Chart]) -> dict[str, bytes]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.text import Text
 
+from polyrank.report.screen import Rows
 from polyrank.report.terminal import size, span
 
 PARTS = ("base", "adapter", "gradients", "optimizer", "activations", "working", "apart", "overhead")
 
 
-def plan_report(planned: Mapping[str, Any]) -> Iterator[Table | str]:
+def plan_report(planned: Mapping[str, Any]) -> Iterator[Rows | str]:
     """The plan, top to bottom: the model, budgets and limits, memory, traffic, notes."""
     model, groups = planned["model"], planned["groups"]
     yield (
@@ -50,7 +51,7 @@ def _share(model: Mapping[str, Any]) -> str:
     return "" if model["adapted_share"] is None else f", {model['adapted_share']:.1%} of the backbone's parameters"
 
 
-def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:
+def profile_report(measured: Mapping[str, Any]) -> Iterator[Rows | str]:
     """Predicted against measured, part by part, for each rank."""
     found = measured["measured"]
     yield f"{found['model']} on {found['device']}: batch {found['batch']} of {found['tokens']} positions"
@@ -70,19 +71,19 @@ def profile_report(measured: Mapping[str, Any]) -> Iterator[Table | str]:
     )
 
 
-def _budgets(groups: Sequence[Mapping[str, Any]], server: int) -> Table:
+def _budgets(groups: Sequence[Mapping[str, Any]], server: int) -> Rows:
     """A line for each limit of each group; the one that binds is bold."""
     table = _table("group", "clients", "budget", "limit", "rank", "has", "next rank needs")
     for group in groups:
         clients = "-" if group["clients"] is None else str(group["clients"])
-        head = [group["name"], clients, f"[bold]{group['budget']}[/]"]
+        head: list[str | Text] = [group["name"], clients, Text(str(group["budget"]), "bold")]
         limits = group["limits"]
         if all(limit["name"] != group["limit"] for limit in limits):
             limits = [{"name": group["limit"], "rank": min(group["rank"], server)}, *limits]
         for limit in limits:
             cells = [limit["name"], str(limit["rank"]), _has(limit), _next(limit)]
             binds = limit["name"] == group["limit"]
-            table.add_row(*head, *(f"[bold]{cell}[/]" for cell in cells) if binds else cells)
+            table.add_row(*head, *(Text(cell, "bold" if binds else "") for cell in cells))
             head = ["", "", ""]
     return table
 
@@ -104,7 +105,7 @@ def _amount(value: float, unit: str) -> str:
     return f"{value / 1e6:.2f} Mbit/s"
 
 
-def _memory(groups: Sequence[Mapping[str, Any]]) -> Table:
+def _memory(groups: Sequence[Mapping[str, Any]]) -> Rows:
     """Parts down, groups across."""
     table = _table("peak memory, MiB", *(group["name"] for group in groups))
 
@@ -118,7 +119,7 @@ def _memory(groups: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _traffic(groups: Sequence[Mapping[str, Any]]) -> Table:
+def _traffic(groups: Sequence[Mapping[str, Any]]) -> Rows:
     table = _table("a round", "trains", "from round", "down", "up", "download", "compute", "upload")
     for group in groups:
         for entry in group["traffic"]:
@@ -147,7 +148,7 @@ def _by_block(planned: Mapping[str, Any]) -> dict[str, list[str]]:
     return {block: [cell(group, names) for group in planned["groups"]] for block, names in blocks.items()}
 
 
-def _importance(planned: Mapping[str, Any]) -> Table:
+def _importance(planned: Mapping[str, Any]) -> Rows:
     """Importance by block, as a share of the whole."""
     blocks: dict[Any, float] = {}
     for name, block in planned["blocks"].items():
@@ -156,19 +157,19 @@ def _importance(planned: Mapping[str, Any]) -> Table:
     table = _table("importance", "share", "")
     for block, score in blocks.items():
         bar = "█" * round(40 * score / max(blocks.values()))
-        table.add_row("elsewhere" if block is None else f"block {block}", f"{score / total:.1%}", f"[dim]{bar}[/]")
+        table.add_row("elsewhere" if block is None else f"block {block}", f"{score / total:.1%}", Text(bar, "dim"))
     return table
 
 
-def _ranks(planned: Mapping[str, Any]) -> Table:
+def _ranks(planned: Mapping[str, Any]) -> Rows:
     table = _table("ranks in round 1", *(group["name"] for group in planned["groups"]))
     for block, cells in _by_block(planned).items():
         table.add_row(block, *cells)
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def _table(*columns: str) -> Rows:
+    table = Rows()
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 or name in ("limit", "part", "") else "right")
     return table

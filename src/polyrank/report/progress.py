@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from polyrank.engines.events import Answered, Asked, Event, Phase
+from polyrank.report.screen import Rows, Screen
 from polyrank.report.terminal import epsilons, reached, size, span
+from polyrank.report.text import one_line
 
 _ROWS_SHOWN = 12
 _BAR = 30  # characters
@@ -50,7 +51,7 @@ class Progress:
         silent: whether nothing is shown.
     """
 
-    def __init__(self, console: Console, rounds: int, done: int, *, silent: bool = False) -> None:
+    def __init__(self, console: Screen, rounds: int, done: int, *, silent: bool = False) -> None:
         self.console, self.rounds, self.done, self.silent = console, rounds, done, silent
         self.rows: list[dict[str, str]] = []
         self.seconds: list[float] = []
@@ -84,15 +85,16 @@ class Progress:
         """One more round, and its seconds where they are known."""
         self.seconds += [] if seconds is None else [seconds]
         self.done, self.current = record["round"] + 1, _Current()
-        losses = list(record["losses"].values())
+        up, down, metrics = (record.get(key) or {} for key in ("bytes_up", "bytes_down", "metrics"))
+        losses = [loss for loss in (record.get("losses") or {}).values() if loss is not None]
         row = {
             "round": f"{self.done}/{self.rounds}",
-            "clients": f"{len(record['bytes_up'])}/{len(record['bytes_down'])}",
+            "clients": f"{len(up)}/{len(down)}",
             "loss": f"{np.mean(losses):.4f}" if losses else "-",
-            "validation": reached(record["metrics"], "validation/") or "-",
-            **epsilons({key: record["metrics"].get(f"privacy/{key}") for key in ("clients", "examples")}),
-            "up": size(sum(record["bytes_up"].values())),
-            "down": size(sum(record["bytes_down"].values())),
+            "validation": reached(metrics, "validation/") or "-",
+            **epsilons({key: metrics.get(f"privacy/{key}") for key in ("clients", "examples")}),
+            "up": size(sum(up.values())),
+            "down": size(sum(down.values())),
             "took": "-" if seconds is None else span(seconds),
             "left": "-" if (left := self.left()) is None else span(left),
         }
@@ -110,7 +112,7 @@ class Progress:
     def note(self, line: str) -> None:
         """A line, where there is no live table that shows the same."""
         if self.live is None and not self.silent:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self.console.say(line)
 
     def left(self) -> float | None:
         """Seconds that the remaining rounds will take: as the median round, or, in the first, as its clients so far."""
@@ -128,14 +130,14 @@ class Progress:
         cohort = len(now.asked.bytes_down) if now and now.asked else 0
         clients = min(cohort, room // 2)
         shown = self.rows[-min(_ROWS_SHOWN, room - clients) :]
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = Rows()
         for name in self.rows[-1] if self.rows else _COLUMNS:
             table.add_column(name, justify="right")
         for row in shown:
             table.add_row(*row.values())
         parts: list[Any] = [table, _bar(self.done, self.rounds)]
         if now is not None:
-            parts.append(Text(self._doing(now), "dim"))
+            parts.append(Text(one_line(self._doing(now)), "dim"))
             if clients and now.asked:
                 parts.append(_clients(now.asked, list(now.answered), clients))
         return Group(*parts)
@@ -159,12 +161,12 @@ def _bar(done: int, of: int) -> Text:
     return Text("━" * full, "green") + Text("━" * (_BAR - full), "dim")
 
 
-def _clients(asked: Asked, answered: list[Answered], rows: int) -> Table:
+def _clients(asked: Asked, answered: list[Answered], rows: int) -> Rows:
     """The cohort, as many as have room: where not all have, those that were last done."""
     found = {answer.client: answer for answer in answered}
     shown = list(asked.bytes_down) if len(asked.bytes_down) <= rows else list(found)[-rows:]
     timed = any(answer.seconds is not None for answer in answered)
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Rows()
     for name in ("client", "group"):
         table.add_column(name, no_wrap=True)
     for name in ("down", "loss", "up", *(["simulated"] if timed else [])):

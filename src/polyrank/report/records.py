@@ -6,9 +6,8 @@ charts and tables that need it leave it out.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ import numpy as np
 import yaml
 
 from polyrank.errors import InputError
+from polyrank.experiment import shapes
 from polyrank.report.goal import Goal, goal_of
+
+_FINITE = {"parse_constant": lambda _: None}
 
 REGIMES = ("single", "local", "zero_shot")
 """What is run instead of federation; in tables they stand beside the methods."""
@@ -115,15 +117,12 @@ def read_run(folder: Path) -> Recorded:
         InputError: naming the file that cannot be read.
     """
     path = folder / "experiment.yaml"
-    try:
-        experiment = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        method = experiment["method"]["name"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-        raise InputError(f"{path}: not a resolved experiment") from None
+    experiment = shapes.read_plan(path, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    method = experiment["method"] if isinstance(experiment["method"], str) else experiment["method"]["name"]
     regime = experiment.get("regime", "federated")
-    facts = read_json(folder / "setting.json") or {}
+    facts = _read(folder / "setting.json", shapes.Setting) or {}
     rounds, modules = _rounds(folder / "rounds.jsonl", facts)
-    summary, confusion = read_json(folder / "summary.json"), read_json(folder / "confusion.json")
+    summary, confusion = _read(folder / "summary.json", shapes.Summary), _confusion(folder / "confusion.json")
     return Recorded(
         folder,
         method if regime == "federated" else regime,
@@ -137,7 +136,7 @@ def read_run(folder: Path) -> Recorded:
         _measured(folder / "timings.jsonl", {client for r in rounds for client in r.asked}),
         summary or None,
         confusion or None,
-        tuple((read_json(folder / "samples.json") or {}).get("samples") or ()),
+        tuple((_read(folder / "samples.json", shapes.Samples) or {"samples": ()})["samples"]),
     )
 
 
@@ -145,11 +144,8 @@ def _rounds(path: Path, facts: Mapping[str, Any]) -> tuple[tuple[Round, ...], tu
     index = {name: place for place, name in enumerate(facts.get("modules") or {})}
     known: dict[tuple[str, ...], np.ndarray] = {}
     rounds: list[Round] = []
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            rounds.append(_round(line, index, known))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: line {number} is not the record of a round: {error!r}") from None
+    for line in shapes.read_lines(path, shapes.Round, "the record of a round", shapes.ROUND_KEYS, **_FINITE):
+        rounds.append(_round(line, index, known))
     wide = [replace(r, ranks=np.pad(r.ranks, ((0, 0), (0, len(index) - r.ranks.shape[1])))) for r in rounds]
     return tuple(wide), tuple(index)
 
@@ -190,7 +186,7 @@ def _round(line: Mapping[str, Any], index: dict[str, int], known: dict[tuple[str
 
 def _measured(path: Path, clients: Set[str]) -> float | None:
     peaks: dict[str, float] = {}
-    for line in _lines(path):
+    for line in shapes.read_lines(path, shapes.Timing, "the timing of a round", **_FINITE):
         for client, value in (line.get("measured_memory") or {}).items():
             peaks[client] = max(value, peaks.get(client, 0.0))
     return max(peaks.values()) if peaks and peaks.keys() >= clients else None
@@ -202,23 +198,13 @@ def of_clients(own: Mapping[str, Mapping[str, float]] | None, goal: Goal) -> dic
     return {name: value for name, value in found.items() if value is not None}
 
 
-def read_json(path: Path) -> Any:
+def _read(path: Path, shape: Any) -> Any:
     """The value of a file, None where there is none. What is not finite is None."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(), parse_constant=lambda _: None)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
+    return shapes.read(path, shape, **_FINITE)
 
 
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Values of complete lines, one at a time: the records of a long run need not fit into memory as they are."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line, parse_constant=lambda _: None)
-            except ValueError:
-                return  # a line that a crash cut short
+def _confusion(path: Path) -> Any:
+    found = _read(path, shapes.Confusion)
+    if found and any(len(found["classes"]) != len(row) for row in (found["counts"], *found["counts"])):
+        raise InputError(f"{path}: counts: must be as many rows and columns as there are classes")
+    return found

@@ -53,7 +53,7 @@ def style_of(method: str, setting: int = 0) -> Style:
     if method in _NAMED:
         place = _NAMED.index(method)
     else:
-        digest = hashlib.sha256(method.encode()).digest()
+        digest = hashlib.sha256(method.encode(errors="backslashreplace")).digest()
         place = int.from_bytes(digest[:4], "big") % (len(COLORS) * len(MARKERS))
     row, column = divmod(place, len(COLORS))
     look = Style(COLORS[column], MARKERS[(column + 7 * row) % len(MARKERS)], DASHES[row % len(DASHES)])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyrank.report import measures
+from polyrank.report import measures, text
 from polyrank.report.gather import Entry, Gathered
 from polyrank.report.goal import ACCURACY, Goal
 from polyrank.report.measures import Value, over_seeds
@@ -262,7 +262,7 @@ def markdown(table: Table) -> str:
     """The table for a README."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(text.markdown(cell) for cell in cells) + " |"
 
     heads = ["method", "setting", "seeds", *(title(c) for c in table.columns)]
     lines = [line(heads), "|---|---|" + "---:|" * (len(heads) - 2)]
@@ -274,15 +274,15 @@ def latex(table: Table) -> str:
     """The table for a paper: needs ``\\usepackage{booktabs}``."""
     heads = ["method", "setting", "seeds", *(title(c) for c in table.columns)]
     lines = ["\\begin{tabular}{ll" + "r" * (len(heads) - 2) + "}", "\\toprule"]
-    lines += [" & ".join(map(_escaped, heads)) + r" \\", "\\midrule"]
-    lines += [" & ".join(map(_escaped, _cells(table, row))) + r" \\" for row in table.rows]
+    lines += [" & ".join(map(text.latex, heads)) + r" \\", "\\midrule"]
+    lines += [" & ".join(map(text.latex, _cells(table, row))) + r" \\" for row in table.rows]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
 def as_csv(table: Table) -> str:
     """The table for programs: numbers in base units, mean and sample standard deviation in columns of their own."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
     units = {"percent": "share", "bytes": "bytes", "memory": "bytes", "seconds": "seconds"}
     heads = [f"{c.key} ({units[c.kind]})" if c.kind in units else c.key for c in table.columns]
     writer.writerow(["method", "setting", "seeds", *(part for h in heads for part in (h, f"{h} sd")), "memory is"])
@@ -294,8 +294,9 @@ def as_csv(table: Table) -> str:
                 ["", ""] if value is None else [repr(value.mean), "" if value.spread is None else repr(value.spread)]
             )
         memory = row.values.get("memory")
-        writer.writerow([row.method, row.setting, row.seeds, *cells, memory and (memory.note or "measured")])
-    return text.getvalue()
+        names = (text.visible(row.method), text.visible(row.setting))
+        writer.writerow([*names, row.seeds, *cells, memory and (memory.note or "measured")])
+    return file.getvalue()
 
 
 def _cells(table: Table, row: Row) -> list[str]:
@@ -305,17 +306,3 @@ def _cells(table: Table, row: Row) -> list[str]:
         row.seeds,
         *(written(column.kind, row.values.get(column.key)) for column in table.columns),
     ]
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "·": r"$\cdot$",
-}
-_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
+from rich.text import Text
 
 from polyrank.report.goal import goal_of
+from polyrank.report.screen import Rows
 
 if TYPE_CHECKING:
     from polyrank.experiment.session import Session
@@ -35,10 +36,11 @@ def span(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def reached(metrics: Mapping[str, float], prefix: str = "") -> str | None:
+def reached(metrics: Mapping[str, float | None], prefix: str = "") -> str | None:
     """What a model is worth, for people: ``81.11%``, or of a language model ``2.871 nats``; None if it is not known."""
-    if f"{prefix}perplexity" in metrics:
-        return f"{metrics[f'{prefix}loss']:.3f} nats"
+    loss = metrics.get(f"{prefix}loss")
+    if f"{prefix}perplexity" in metrics and loss is not None:
+        return f"{loss:.3f} nats"
     accuracy = metrics.get(f"{prefix}accuracy")
     return None if accuracy is None else f"{accuracy:.2%}"
 
@@ -72,21 +74,22 @@ def outcome(summary: Mapping[str, Any], adapter: Path) -> str:
     return f"{cost}{privacy}; adapter (PEFT format): {adapter}"
 
 
-def results_table(summary: Mapping[str, Any]) -> Table:
+def results_table(summary: Mapping[str, Any]) -> Rows:
     """What the test split says before and after, and of the baselines; and what a language model is asked besides."""
     goal, final, selected = goal_of(summary["final"]["test"]), summary["final"], summary["selected"]
     rows = [("before", summary["before"]), (f"{summary['method']}, final round", final)]
-    if selected and selected["round"] != final["round"]:
+    if selected and selected["round"] != final.get("round"):
         rows.append((f"{summary['method']}, round {selected['round'] + 1} (best on validation)", selected))
     baselines = summary.get("baselines", {})
     if "local" in baselines:
         local = baselines["local"]
-        rows.append((f"best single client ({local['best']})", local))
-        rows.append(("mean of single clients", {"test": local.get("mean", {"accuracy": local["mean_accuracy"]})}))
+        if "test" in local:
+            rows.append((f"best single client ({local.get('best', '-')})", local))
+        rows.append(("mean of single clients", {"test": local.get("mean", {"accuracy": local.get("mean_accuracy")})}))
     if "single" in baselines:
         rows.append(("centralised (pooled data)", baselines["single"]))
     asked = [column for column in _ASKED if any(_found(own, column[1:]) is not None for _, own in rows)]
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Rows()
     table.add_column(f"test {goal.axis}")
     table.add_column("", justify="right")
     for title, *_ in asked:
@@ -95,7 +98,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
         cells = [(column[0], _found(own, column[1:])) for column in asked]
         written = ["" if v is None else f"{v:.2f}" if t == "perplexity" else f"{v:.2%}" for t, v in cells]
         value = reached(own["test"])
-        table.add_row(name, f"[bold]{value}[/]" if own is final else value, *written)
+        table.add_row(name, Text(value or "-", "bold" if own is final else ""), *written)
     return table
 
 
@@ -116,7 +119,7 @@ def _found(own: Mapping[str, Any], path: Sequence[str]) -> float | None:
 
 def heat_map(
     counts: np.ndarray, clients: Sequence[str], groups: Sequence[str], classes: Sequence[str], width: int
-) -> Table:
+) -> Rows:
     """Client x class counts: numbers where the classes are few, otherwise a shade for one class or several.
 
     Args:
@@ -126,7 +129,7 @@ def heat_map(
         classes: class names.
         width: of the terminal, in characters.
     """
-    table = Table(box=None, padding=(0, 1, 0, 0))
+    table = Rows(gap=1)
     for name in ("client", "group", "examples"):
         table.add_column(name, justify="right" if name == "examples" else "left", no_wrap=True)
     room = max(width - max(map(len, clients)) - max(map(len, groups)) - 13, 10)
@@ -140,9 +143,11 @@ def heat_map(
     top = max(int((counts if few else shades).max()), 1)
     for client, group, row, shade in zip(clients, groups, counts, shades, strict=True):
         if few:
-            cells = [f"[on {_color(value / top)}]{value:>4}[/]" if value else "[dim]   ·[/]" for value in row]
+            cells = [
+                Text(f"{value:>4}", f"on {_color(value / top)}") if value else Text("   ·", "dim") for value in row
+            ]
         else:
-            cells = ["".join(_SHADES[-(-4 * int(value) // top)] for value in shade)]
+            cells = [Text("".join(_SHADES[-(-4 * int(value) // top)] for value in shade))]
         table.add_row(client, group, str(int(row.sum())), *cells)
     return table
 

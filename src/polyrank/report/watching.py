@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.table import Table
-
 from polyrank.experiment.following import Following
+from polyrank.report.screen import Rows
 from polyrank.report.terminal import reached, span
 
 
@@ -40,9 +39,9 @@ def silence(run: Following, now: float) -> str:
     return f"{since}{took}: has the run stopped? Still watching"
 
 
-def cells(found: list[dict[str, Any]]) -> Table:
+def cells(found: list[dict[str, Any]]) -> Rows:
     """A study: a row a cell."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Rows()
     for name in ("method", "setting", "seed", ""):
         table.add_column(name, justify="right" if name == "seed" else "left", no_wrap=True)
     for cell in found:

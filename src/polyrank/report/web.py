@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from polyrank.report import text
 from polyrank.report.charts.shapes import Axis, Chart, Dot, Dots, Heat, Line, Lines, Panel, Point, Points
 from polyrank.report.styles import NEUTRAL, Style
 
@@ -37,7 +37,7 @@ def spec(chart: Chart) -> dict[str, Any]:
         return {**common, "kind": "plane", "traces": traces, "zero": True}
     if isinstance(chart, Dots):
         rows = list(reversed(chart.dots))
-        names = [escape(dot.label, quote=False) for dot in rows]
+        names = [text.label(dot.label) for dot in rows]
         traces = [t for place, dot in enumerate(rows) for t in _dot(dot, place, chart.x)]
         return {**common, "kind": "dots", "traces": traces, "names": names}
     if isinstance(chart, Heat):
@@ -47,12 +47,12 @@ def spec(chart: Chart) -> dict[str, Any]:
 
 def embedded(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    plain = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _axis(axis: Axis) -> dict[str, str]:
-    return {"title": escape(axis.title, quote=False), "kind": axis.kind}
+    return {"title": text.label(axis.title), "kind": axis.kind}
 
 
 def short(value: float) -> float | None:
@@ -71,8 +71,8 @@ def _format(axis: Axis, sign: str) -> str:
 
 
 def _hover(label: str, x: Axis, y: Axis) -> str:
-    names = [escape(axis.title, quote=False) for axis in (x, y)]
-    name = escape(label, quote=False)
+    names = [text.label(axis.title) for axis in (x, y)]
+    name = text.label(label)
     return f"<b>{name}</b><br>{names[0]} {_format(x, 'x')}<br>{names[1]} {_format(y, 'y')}<extra></extra>"
 
 
@@ -86,7 +86,7 @@ def _line(line: Line, x: Axis, y: Axis) -> list[dict[str, Any]]:
         "x": along,
         "y": values,
         "meta": line.label,
-        "name": escape(line.label, quote=False),
+        "name": text.label(line.label),
         "line": {"color": line.style.color, "dash": line.style.dash, "width": 2.2},
         "hovertemplate": _hover(line.label, x, y),
     }
@@ -109,13 +109,13 @@ def _line(line: Line, x: Axis, y: Axis) -> list[dict[str, Any]]:
 def _point(point: Point, x: Axis, y: Axis) -> dict[str, Any]:
     made: dict[str, Any] = {
         **{"type": "scatter", "mode": "markers", "x": [short(point.x)], "y": [short(point.y)]},
-        **{"meta": point.label, "name": escape(point.label, quote=False), "marker": _marker(point.style, 12)},
+        **{"meta": point.label, "name": text.label(point.label), "marker": _marker(point.style, 12)},
         "hovertemplate": _hover(f"{point.label}: {point.text}" if point.text else point.label, x, y),
     }
     if point.text:
         made |= {
             "mode": "markers+text",
-            "text": [escape(point.text.split(":")[0], quote=False)],
+            "text": [text.label(point.text.split(":")[0])],
             "textposition": "top center",
             "cliponaxis": False,
         }
@@ -130,7 +130,7 @@ def _dot(dot: Dot, place: int, x: Axis) -> list[dict[str, Any]]:
     mean = {
         **{"type": "scatter", "mode": "markers", "x": [short(dot.value)], "y": [place], "meta": dot.label},
         **{"marker": _marker(dot.style, 13), "showlegend": False},
-        "hovertemplate": f"<b>{escape(dot.label, quote=False)}</b><br>{value}{spread}<extra></extra>",
+        "hovertemplate": f"<b>{text.label(dot.label)}</b><br>{value}{spread}<extra></extra>",
     }
     if dot.spread:
         mean["error_x"] = {"array": [short(dot.spread)], "color": dot.style.color, "thickness": 2, "width": 6}
@@ -156,8 +156,8 @@ def _number(value: float, axis: Axis) -> str:
 def _level(level: Point, across: tuple[float, float], y: Axis) -> dict[str, Any]:
     return {
         **{"type": "scatter", "mode": "lines", "x": list(across), "y": [short(level.y)] * 2, "meta": level.label},
-        **{"name": escape(level.label, quote=False), "line": {"color": level.style.color, "dash": level.style.dash}},
-        "hovertemplate": f"<b>{escape(level.label, quote=False)}</b><br>{_format(y, 'y')}<extra></extra>",
+        **{"name": text.label(level.label), "line": {"color": level.style.color, "dash": level.style.dash}},
+        "hovertemplate": f"<b>{text.label(level.label)}</b><br>{_format(y, 'y')}<extra></extra>",
     }
 
 
@@ -202,10 +202,10 @@ def _heat(chart: Heat) -> dict[str, Any]:
 def _panel(panel: Panel, codes: Sequence[float] | None) -> dict[str, Any]:
     return {
         "label": panel.label,
-        "rows": [escape(name, quote=False) for name in panel.rows],
-        "columns": [escape(name, quote=False) for name in panel.columns],
-        "starts": [[place, escape(name, quote=False)] for place, name in panel.starts],
-        "row_starts": [[place, escape(name, quote=False)] for place, name in panel.row_starts],
+        "rows": [text.label(name) for name in panel.rows],
+        "columns": [text.label(name) for name in panel.columns],
+        "starts": [[place, text.label(name)] for place, name in panel.starts],
+        "row_starts": [[place, text.label(name)] for place, name in panel.row_starts],
         "frames": [{"label": frame.label, "rows": _cells(frame.values, codes)} for frame in panel.frames],
     }
 

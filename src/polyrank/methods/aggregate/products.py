@@ -75,7 +75,8 @@ def settle(
 ) -> dict[str, LowRank]:
     """The best approximation of every layer at the server's rank (or `rank`), under the server's scale.
 
-    A layer with less room than `rank` has what it has room for. Rows are ordered by energy. If a layer has fewer rows than that, the rest start fresh, so that they can learn.
+    A layer with less room than `rank` has what it has room for. Rows are ordered by energy. If a layer has fewer rows
+    than that, the rest start fresh, so that they can learn.
     """
     ranks = {name: server[name].rank if rank is None else min(rank, *server[name].shape) for name in layers}
     best = compress_all(layers, ranks)

@@ -17,6 +17,7 @@ from polyrank.report.charts.curves import looks
 from polyrank.report.gather import Gathered, flatten
 from polyrank.report.styles import Style, style_of
 from polyrank.report.tables import Table
+from polyrank.report.text import visible
 from polyrank.report.web import embedded, spec
 
 MARKER = "<!-- polyrank report: made by a command, may be replaced by it -->"
@@ -52,6 +53,7 @@ def page(gathered: Gathered, table: Table) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.finalize = _shown
     environment.globals |= {"written": tables.written, "title_of": tables.title, "swatch": _swatch}
     sections, missing = charts.sections(gathered, table)
     hero = charts.hero(gathered, table)
@@ -80,6 +82,11 @@ def page(gathered: Gathered, table: Table) -> str:
         script=_text("page.js"),
         style=_text("page.css"),
     )
+
+
+def _shown(value: Any) -> Any:
+    """What a template prints: text without characters that act. What is meant to be HTML stays as it is."""
+    return value if hasattr(value, "__html__") or not isinstance(value, str) else visible(value)
 
 
 def _samples(gathered: Gathered) -> list[tuple[str, Sequence[Mapping[str, str]]]]:
