@@ -40,6 +40,7 @@ from polyrank.experiment.planning import (
     group_budgets,
     notes_of,
     server_rank,
+    unused_of,
 )
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
 from polyrank.experiment.start import first_state
@@ -209,7 +210,7 @@ class _Ground:
         held_out = self.shares.held_out() if experiment.evaluate.clients else None
         classes = tuple(self.shares.dataset.classes)
         spec, rank, method, splits = self.spec, self.rank, self.method, self.splits
-        said = self.language, tuple(notes_of(spec))
+        said = self.language, tuple(notes_of(spec) + unused_of(self.base))
         return World(self.base, spec, rank, clients, method, splits, held_out, classes, start, info, *said)
 
 

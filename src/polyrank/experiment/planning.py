@@ -147,6 +147,18 @@ def notes_of(spec: ModelSpec) -> list[str]:
     return notes
 
 
+def unused_of(base: Base) -> list[str]:
+    """That adapters of a loaded model learn nothing, where a pass does not run their layers."""
+    unused = base.unused()
+    if not unused:
+        return []
+    more = " and more" if len(unused) > _NAMED else ""
+    return [
+        f"{len(unused)} of {len(base.spec.modules)} adapted modules do not run in a short pass, and what does not run "
+        f"learns nothing: {', '.join(unused[:_NAMED])}{more}"
+    ]
+
+
 def profile_of(has: Resources, examples: int = 1) -> ClientProfile:
     """What a client with these resources reports."""
     memory = free_memory() if has.memory == "detect" else has.memory
@@ -188,7 +200,7 @@ def check_rank(rank: int, spec: ModelSpec, experiment: Experiment) -> None:
     d_out, d_in = spec.modules[name]
     why = "which has the most room of all"
     if named:
-        why = f"which model.targets names; {room[name]} is the largest there, or name a group, which takes what there is"
+        why = f"which model.targets names; {room[name]} is the largest there, or target a group"
     key = "model.rank" if stated else "fleet"
     raise ConfigError(f"{key}: {rank} exceeds the smaller dimension of {name} ({d_out} x {d_in}), {why}")
 

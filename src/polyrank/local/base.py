@@ -19,17 +19,18 @@ from torch.func import functional_call
 
 from polyrank.core.architecture import ModelSpec
 from polyrank.core.lowrank import Adapter, Factors
-from polyrank.local import configs
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.attach import Attachment, Batch, Masks, attachment, hooked
-from polyrank.local.configs import ModelError
 from polyrank.local.describe import architecture, quantization_of
 from polyrank.local.images import Images, images_of
+from polyrank.local.inputs import random_images, random_texts
 from polyrank.local.layout import Layout
 from polyrank.local.structure import backbone_of as backbone_of
 from polyrank.local.structure import classifier_of, structure
 from polyrank.local.structure import transposed as transposed
 from polyrank.local.targets import resolve_targets
+
+_SHORT = 16  # tokens
 
 
 class Base:
@@ -129,23 +130,24 @@ class Base:
                 found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{ends.tolist()}".encode())
         return found.hexdigest()
 
-    def random_batch(self, size: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Inputs of full length and random content; every other text is one position short, so that a mask is due.
-
-        Raises:
-            ModelError: for images of a size that nobody has stated.
-        """
+    def random_batch(self, size: int, rng: np.random.Generator, tokens: int | None = None) -> dict[str, Tensor]:
+        """Inputs of random content, texts of so many tokens, or of full length; see `polyrank.local.inputs`."""
         if self.images is not None:
-            side = self.images.size
-            if side is None:
-                raise ModelError(f"model.image_size: {self.info.base!r} does not state an image size; give one")
-            shape = (size, self.images.channels, side, side)
-            return {"pixel_values": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))}
-        config, tokens = self.model.config, self.spec.architecture.tokens if self.spec.architecture else 0
-        ids = torch.from_numpy(rng.integers(1, configs.vocabulary(config), (size, tokens)))
-        mask = torch.ones_like(ids)
-        mask[1::2, -1] = 0
-        return {"input_ids": ids * mask + (1 - mask) * configs.padding(config), "attention_mask": mask}
+            return random_images(self.images, size, rng)
+        full = self.spec.architecture.tokens if self.spec.architecture else 0
+        return random_texts(self.model.config, size, full if tokens is None else min(tokens, full), rng)
+
+    @torch.no_grad()
+    def unused(self) -> list[str]:
+        """Targeted modules that a short pass does not run: the model reads their weights past them, or not at all."""
+        ran: set[str] = set()
+        handles = [self.modules[n].register_forward_hook(lambda *_, n=n: ran.add(n)) for n in self.spec.modules]
+        try:
+            self.logits(self.random_batch(1, np.random.default_rng(0), _SHORT), {})
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [name for name in self.spec.modules if name not in ran]
 
     def initial_head(self) -> dict[str, Tensor]:
         """The head as it was loaded or initialised."""

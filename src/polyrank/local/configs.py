@@ -91,10 +91,11 @@ def vocabulary(config: Any) -> int:
     return int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 256)
 
 
-def padding(config: Any) -> int:
-    """The token that pads a model's texts, as its config has it; the first one where it has none."""
-    stated = getattr(config, "pad_token_id", None)
-    return int(stated if stated is not None else getattr(config.get_text_config(), "pad_token_id", None) or 0)
+def numbers(config: Any, name: str) -> list[int]:
+    """Whole numbers that a model of texts states under a name: one, several, or none."""
+    stated = getattr(config, name, None)
+    stated = getattr(config.get_text_config(), name, None) if stated is None else stated
+    return [x for x in (stated if isinstance(stated, list | tuple) else [stated]) if isinstance(x, int)]
 
 
 def a(what: str) -> str:

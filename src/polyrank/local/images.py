@@ -19,13 +19,13 @@ class Images:
     """How a model takes images.
 
     Attributes:
-        size: pixels per side; None where neither the file nor the config says.
+        size: pixels per side.
         channels: of an image.
         tokens: positions that enter its first block; 0 where they are in no row (a convolution's), or not known.
         extra: what it is called with besides the images.
     """
 
-    size: int | None = None
+    size: int
     channels: int = 3
     tokens: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -42,13 +42,13 @@ def images_of(model: nn.Module, image_size: int | None) -> Images:
         image_size: pixels per side; None: as its config says.
 
     Raises:
-        ModelError: if it takes no images of this size.
+        ModelError: if it takes no images of this size, or nobody has stated one.
     """
     config: Any = model.config
     usual, channels = configs.image_size(config), configs.channels(config)
     size = image_size or usual
     if size is None:
-        return Images(None, channels)
+        raise ModelError(f"model.image_size: a {config.model_type} model does not state an image size; give one")
     ways: list[dict[str, Any]] = [{}] if size == usual else [{}, {"interpolate_pos_encoding": True}]
     faults = []
     for extra in ways:
