@@ -66,7 +66,9 @@ FAMILIES = {
     "mobilebert": Family("text", "MobileBert", {**ENC, "embedding_size": 16, "num_feedforward_networks": 4}, 3),
     "modernbert": Family("text", "ModernBert", {**ENC, "cls_token_id": 2, "sep_token_id": 3}, 3),
     "mpnet": Family("text", "MPNet", ENC, 3),
-    "xlnet": Family("text", "XLNet", {"vocab_size": V, "d_model": 16, "n_layer": 3, "n_head": 4, "d_inner": 24}, 3, False),
+    "xlnet": Family(
+        "text", "XLNet", {"vocab_size": V, "d_model": 16, "n_layer": 3, "n_head": 4, "d_inner": 24}, 3, False
+    ),
     "fnet": Family("text", "FNet", {k: v for k, v in ENC.items() if k != "num_attention_heads"}, 3, False),
     "funnel": Family("text", "Funnel", {"vocab_size": V, "block_sizes": [2, 1], "d_model": 16, "d_inner": 24}, 3),
     "canine": Family("text", "Canine", {**SIZES, "num_hash_buckets": 64}, 5),  # two of characters around them
@@ -87,27 +89,61 @@ FAMILIES = {
     "qwen2_moe": Family("causal", "Qwen2Moe", {**DEC, **MOE, "shared_expert_intermediate_size": 24}, 3),
     "qwen3_moe": Family("causal", "Qwen3Moe", {**DEC, **MOE, "head_dim": 8}, 3),
     "gpt_oss": Family("causal", "GptOss", {**DEC, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, 3),
-    "llama4": Family("causal", "Llama4Text", {**DEC, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 24}, 3),
+    "llama4": Family(
+        "causal", "Llama4Text", {**DEC, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 24}, 3
+    ),
     "deepseek_v3": Family("causal", "DeepseekV3", DEEPSEEK, 3),
     "longcat": Family("causal", "LongcatFlash", LONGCAT, 2),  # each has two attentions and two MLPs, in lists
-    "mamba": Family("causal", "Mamba", {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}, 3, False),
-    "mamba2": Family("causal", "Mamba2", {**SIZES, "vocab_size": V, "state_size": 4, "num_heads": 8, "head_dim": 4, "n_groups": 1}, 3, False),
-    "rwkv": Family("causal", "Rwkv", {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24}, 3),
-    "gemma3-images": Family("causal", "Gemma3", {"text_config": {**DEC, "head_dim": 8}, "vision_config": VISION, "mm_tokens_per_image": 4}, 3),
+    "mamba": Family(
+        "causal", "Mamba", {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}, 3, False
+    ),
+    "mamba2": Family(
+        "causal",
+        "Mamba2",
+        {**SIZES, "vocab_size": V, "state_size": 4, "num_heads": 8, "head_dim": 4, "n_groups": 1},
+        3,
+        False,
+    ),
+    "rwkv": Family(
+        "causal", "Rwkv", {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24}, 3
+    ),
+    "gemma3-images": Family(
+        "causal",
+        "Gemma3",
+        {"text_config": {**DEC, "head_dim": 8}, "vision_config": VISION, "mm_tokens_per_image": 4},
+        3,
+    ),
     "vit": Family("image", "ViT", VIT, 3),
     "deit": Family("image", "DeiT", VIT, 3),
     "beit": Family("image", "Beit", {**VIT, "use_relative_position_bias": True}, 3),
     "dinov2": Family("image", "Dinov2", {k: v for k, v in VIT.items() if k != "intermediate_size"}, 3),
     "swin": Family("image", "Swin", STAGES, 3),
     "swinv2": Family("image", "Swinv2", STAGES, 3),
-    "focalnet": Family("image", "FocalNet", {**IMG, "embed_dim": 16, "depths": [1, 2], "focal_levels": [1, 1], "focal_windows": [3, 3]}, 3, False),
+    "focalnet": Family(
+        "image",
+        "FocalNet",
+        {**IMG, "embed_dim": 16, "depths": [1, 2], "focal_levels": [1, 1], "focal_windows": [3, 3]},
+        3,
+        False,
+    ),
     "convnext": Family("image", "ConvNext", {**IMG, **FOUR}, 5, False),
     "segformer": Family("image", "Segformer", {**FOUR, "num_attention_heads": [1, 1, 2, 2]}, 5),
     "pvt_v2": Family("image", "PvtV2", {"image_size": 32, **FOUR, "num_attention_heads": [1, 1, 2, 2]}, 5),
-    "mobilevit": Family("image", "MobileViT", {**IMG, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32], "num_attention_heads": 2, "patch_size": 2}, 9),
+    "mobilevit": Family(
+        "image",
+        "MobileViT",
+        {
+            **IMG,
+            "hidden_sizes": [16, 24, 32],
+            "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32],
+            "num_attention_heads": 2,
+            "patch_size": 2,
+        },
+        9,
+    ),
     "clip": Family("image", "CLIP", {**TOWERS, "projection_dim": 16}, 3),
     "siglip": Family("image", "Siglip", TOWERS, 3),
-}  # fmt: skip
+}
 CONVOLUTIONS = {
     "resnet": Family("image", "ResNet", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}, 0, False),
     "poolformer": Family("image", "PoolFormer", FOUR, 0, False),

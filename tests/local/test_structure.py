@@ -1,4 +1,4 @@
-"""What a model is built of, for every family of a table: against the numbers of its config, and against a forward pass."""
+"""What a model is built of, for families of a table: against the numbers of its config, and a forward pass."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def test_blocks_are_those_that_the_config_counts(name: str) -> None:
     assert set(base.spec.modules) == set(found.linears)
     assert all(not name.startswith(backbone_of(model)) for name in base.head) or name == "pp_lcnet"
     assert base.causal or base.head
-    assert base.spec.covered is not None and 0 < base.spec.covered < 1
+    assert base.spec.covered is not None
+    assert 0 < base.spec.covered < 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -172,7 +173,7 @@ def test_blocks_that_are_numbered_attributes_are_blocks() -> None:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_model_of_convolutions_is_refused_with_what_it_is_made_of(name: str) -> None:
     family = CONVOLUTIONS[name]
-    with pytest.raises(TargetError, match="no linear layer outside its classifier: its weights are .*conv") as refused:
+    with pytest.raises(TargetError, match=r"no linear layer outside its classifier: its weights are .*conv") as refused:
         hf.base_from_config(
             family.make(), "all-linear", kind="image", classes=3, tokens=0, device="meta", image_size=32
         )
@@ -238,7 +239,7 @@ def test_images_of_another_size(name: str, told: bool) -> None:
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_images_of_a_size_that_a_model_does_not_take(device: str) -> None:
-    with pytest.raises(hf.ModelError, match="model.image_size: 4: vit takes images of 32 x 32 pixels alone"):
+    with pytest.raises(hf.ModelError, match=r"model.image_size: 4: vit takes images of 32 x 32 pixels alone"):
         images_of(model_of(FAMILIES["vit"], device), 4)
     with pytest.raises(hf.ModelError, match="a segformer model does not state an image size; give one"):
         images_of(model_of(FAMILIES["segformer"], device), None)

@@ -21,7 +21,8 @@ MODULES = {f"{block}.{name}": s for block in range(3) for name, s in (("q", WIDE
 SPEC = ModelSpec({**MODULES, "project": (3, 12)}, {name: int(name[0]) for name in MODULES})
 ROOM = {name: min(RANK, *shape) for name, shape in SPEC.modules.items()}
 PROFILES = {
-    client: ClientProfile(10 + 5 * i, rank=rank) for i, (client, rank) in enumerate(zip("abcde", (1, 2, 3, 4, 4)))
+    client: ClientProfile(10 + 5 * i, rank=rank)
+    for i, (client, rank) in enumerate(zip("abcde", (1, 2, 3, 4, 4), strict=True))
 }
 
 

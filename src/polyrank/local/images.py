@@ -53,7 +53,7 @@ def images_of(model: nn.Module, image_size: int | None) -> Images:
     faults = []
     for extra in ways:
         try:
-            return Images(size, channels, _positions(model, size, channels, extra), extra)
+            return Images(size, channels, _positions(model, size, channels, extra, size != usual), extra)
         except Exception as error:  # any of Transformers' models may refuse a size in any way
             faults.append(error)
     if size == usual or (model.device.type == "meta" and usual is not None and not _runs(model, usual, channels)):
@@ -71,13 +71,19 @@ def _runs(model: nn.Module, size: int, channels: int) -> bool:
     return True
 
 
-def _positions(model: nn.Module, size: int, channels: int, extra: Mapping[str, Any]) -> int:
-    """The T of what enters the first block, where that is 1 x T x d."""
+class _Entered(Exception):  # noqa: N818 -- nothing went wrong
+    """The pass has come to the first block."""
+
+
+def _positions(model: nn.Module, size: int, channels: int, extra: Mapping[str, Any], whole: bool = True) -> int:
+    """The T of what enters the first block, where that is 1 x T x d; `whole`: whether the rest of the pass runs."""
     seen: list[int] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = next((x for x in (*args, *named.values()) if isinstance(x, Tensor)), None)
         seen.append(x.shape[1] if x is not None and x.ndim == 3 and x.shape[0] == 1 else 0)
+        if not whole:
+            raise _Entered
 
     blocks = blocks_of(model)
     handle = model.get_submodule(blocks[0]).register_forward_pre_hook(note, with_kwargs=True) if blocks else None
@@ -86,6 +92,8 @@ def _positions(model: nn.Module, size: int, channels: int, extra: Mapping[str, A
         pixels = torch.zeros(1, channels, size, size, device=model.device, dtype=model.dtype)  # type: ignore[call-overload]
         with torch.no_grad():
             model.eval()(pixel_values=pixels, **extra)
+    except _Entered:
+        pass
     finally:
         model.train(training)
         if handle is not None:
