@@ -134,7 +134,7 @@ def test_more_of_anything_never_lowers_a_rank(
 def test_what_fits_exactly_fits(model: ModelSpec, rank: int) -> None:
     """To the byte and to the bit: a budget of what the rank takes is enough, and one less is not."""
     rank = min(rank, model.full_rank)
-    ranks = dict.fromkeys(model.modules, rank)
+    ranks = model.at(rank)
     need = {
         "memory": memory(model, LOCAL, ranks, "AB").total,
         "uplink": 8 * upload_bytes(model, ranks, "AB"),

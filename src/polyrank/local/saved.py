@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 from polyrank.files import write_json
@@ -37,6 +40,7 @@ def save_merged(base: Base, folder: Path) -> None:
 
     Raises:
         ModelError: if they are interpolated in a way of the model's own.
+        OSError: if the disk does not take them; safetensors has an error of its own for it.
     """
     model: Any = base.model
     config = model.config
@@ -46,7 +50,13 @@ def save_merged(base: Base, folder: Path) -> None:
         usual = transformers.AutoConfig.from_pretrained(str(base.info.base))
         if hasattr(usual, "use_cache"):
             config.use_cache = usual.use_cache
-        model.save_pretrained(folder, max_shard_size=_SHARD)
+        try:
+            model.save_pretrained(folder, max_shard_size=_SHARD)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
 def _resize(base: Base, images: Images) -> None:
