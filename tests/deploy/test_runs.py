@@ -121,7 +121,7 @@ def test_a_server_survives_its_processes_and_ends_when_told(apps: None, tmp_path
         assert join.connected(node, 60)
         stored = Run(tmp_path / "a")
         (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "experiment.yaml").write_text("rounds: 6\n")
+        (tmp_path / "a" / "experiment.yaml").write_text("rounds: 6\nmethod: {name: toy}\n")
         run_id = follow.submit(found, stored)
         soon(stored.rounds_file.exists)
         killed = operate.processes(found)["superlink"]

@@ -52,6 +52,8 @@ def ask(grid: Grid, nodes: list[int]) -> list[str]:
 def write(folder: Path, number: int, sites: list[str]) -> None:
     record = {
         "round": number,
+        "factors": "AB",
+        "ranks": {},
         "losses": dict.fromkeys(sites, 1.0),
         "metrics": {},
         "bytes_up": dict.fromkeys(sites, 10),
@@ -65,6 +67,8 @@ def write(folder: Path, number: int, sites: list[str]) -> None:
 def summary(rounds: int) -> dict[str, Any]:
     return {
         "method": "toy",
+        "seed": 0,
+        "rounds": rounds,
         "before": {"test": {"accuracy": 0.1}},
         "final": {"round": rounds - 1, "test": {"accuracy": 0.5}},
         "selected": None,
