@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,9 +153,7 @@ def hooked(
     names = {**live.A, **live.frozen, **live.kron}
     hooks = {name: _hook(name, live, masks) for name in names}
     handles = [modules[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
-    replaced: dict[nn.Module, Callable[..., Tensor]] = {
-        block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False) for block in blocks
-    }
+    replaced: dict[nn.Module, Callable[..., Any]] = {block: _run_again(block.forward) for block in blocks}
     if live.stacked:
         owners = heads.owners(name for name in live.dense if not lokr.is_part(name))
         replaced |= {modules[name]: heads.stacked_forward(modules[name], name, live) for name in owners}
@@ -168,6 +166,23 @@ def hooked(
             del module.forward
         for handle in handles:
             handle.remove()
+
+
+def _run_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward pass that keeps its inputs only.
+
+    Some models hand their blocks a cache whatever their config says (XLM, the decoder of T5). A block that runs again
+    would add to it again, and nothing here generates: it gets none.
+    """
+
+    def without(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = {key: without(value) for key, value in kwargs.items()}
+        return checkpoint(forward, *map(without, args), use_reentrant=False, preserve_rng_state=False, **given)
+
+    return run
 
 
 def _hook(

@@ -83,7 +83,8 @@ def _answer(base: Base, data: Examples, dropout: float) -> Answer:
         return Answer(reason=f"{name}: {reason}{more}")
     unusual = {n: layout for n, layout in layouts.items() if isinstance(layout, Layout) and layout != BATCH_FIRST}
     base.layouts.update(unusual)
-    return Answer(unusual, _disagreement(base, data, examples, dropout))
+    reason = _own_filling(base, data) if dropout else None
+    return Answer(unusual, reason or _disagreement(base, data, examples, dropout))
 
 
 def distinct(data: Examples, count: int) -> Indices:
@@ -171,6 +172,24 @@ def _of_call(two: Tensor, three: Tensor, changed: Tensor) -> Layout | str:
     if outer or turns:
         return Layout(axis, outer)
     return "its rows depend on other examples"
+
+
+def _own_filling(base: Base, data: Examples) -> str | None:
+    """Which module sees texts that the model itself has filled up or shortened, if any does: its masks depend on it.
+
+    Asked with the longest and the shortest text: every dimension is that of the batch, or the same for both.
+    """
+    batches = [data.batch(np.array([example])) for example in (np.argmax(data.lengths), np.argmin(data.lengths))]
+    if "input_ids" not in batches[0]:
+        return None
+    widths = tuple(batch["input_ids"].shape[1] for batch in batches)
+    long, short = (_inputs(base, list(base.spec.modules), batch) for batch in batches)
+    for name in base.spec.modules:
+        for calls in zip(long[name], short[name], strict=False):
+            sizes = set(zip(*(x.shape for x in calls), strict=False))
+            if any(pair != widths and pair[0] != pair[1] for pair in sizes):
+                return f"{name}: the model itself changes how long texts are, and so the masks of local.dropout"
+    return None
 
 
 # --- side by side against alone
