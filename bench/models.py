@@ -116,10 +116,11 @@ def record_of(name: str, family: Family, folder: Path) -> dict[str, Any]:
     row["targets"] = [
         targets for targets in TARGETS if attempted(row, f"plan {targets}", lambda t=targets: plan(file(t, 2)))
     ]
-    if "all-linear" not in row["targets"]:
+    if not row["targets"]:
         return row
-    row |= described(file("all-linear", 2))
-    runs = attempted(row, "run", lambda: [pair(file("all-linear", clients), folder) for clients in (2, 3)])
+    most = row["targets"][-1]
+    row |= described(file(most, 2))
+    runs = attempted(row, "run", lambda: [pair(file(most, clients), folder) for clients in (2, 3)])
     if runs is None:
         return row
     row["together"] = None if None in (gaps := [gap for *_, gap in runs]) else max(gaps)

@@ -43,7 +43,7 @@ def trained(folder: Path, config: Any, kind: str, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture")
-    return trained(folder, transformers.DeepseekV3Config(**DEEPSEEK), "causal", targets="all-linear")
+    return trained(folder, transformers.DeepseekV3Config(**DEEPSEEK), "causal", targets="all-linear", export="merged")
 
 
 def test_layers_that_peft_loses_are_named(mixture: Path, tmp_path: Path) -> None:
@@ -58,13 +58,22 @@ def test_layers_that_peft_loses_are_named(mixture: Path, tmp_path: Path) -> None
     assert "loses 9 of 24" in " ".join(tiny.polyrank("evaluate", mixture).stderr.split())
 
 
-def test_a_plan_says_what_peft_would_lose(mixture: Path) -> None:
-    planned = json.loads(tiny.polyrank("plan", mixture.parent / "experiment.yaml", "--json").stdout)
-    assert any("loses 9 of 24 layers" in note for note in planned["notes"])
-    some = ("plan", mixture.parent / "experiment.yaml", "--set", "model.targets=[gate_proj]", "--json")
-    assert any("loses 3 of 3 layers" in note for note in json.loads(tiny.polyrank(*some).stdout)["notes"])
-    less = ("plan", mixture.parent / "experiment.yaml", "--set", "model.targets=attention", "--json")
-    assert not any("loses" in note for note in json.loads(tiny.polyrank(*less).stdout)["notes"])
+def test_targets_that_peft_would_lose_are_refused(mixture: Path, tmp_path: Path) -> None:
+    file = mixture.parent / "experiment.yaml"
+    planned = json.loads(tiny.polyrank("plan", file, "--json").stdout)
+    assert any("loses 9 of 24 layers" in note for note in planned["notes"])  # the file says that merged is enough
+    adapter = ("--set", "model.export=adapter")
+    for command in (("plan", file), ("run", file, "--out", tmp_path / "run")):
+        result = tiny.polyrank(*command, *adapter)
+        message = " ".join(result.stderr.split())
+        assert result.exit_code == 2
+        assert "model.targets: PEFT" in message
+        assert "loses 9 of 24 layers" in message
+        assert "model.export: merged" in message
+    some = tiny.polyrank("plan", file, *adapter, "--set", "model.targets=[gate_proj]")
+    assert "loses 3 of 3 layers" in " ".join(some.stderr.split())
+    less = tiny.polyrank("plan", file, *adapter, "--set", "model.targets=attention")
+    assert less.exit_code == 0, less.output
 
 
 def test_the_merged_mixture_is_verified(mixture: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from polyrank.experiment.planning import (
     unused_of,
 )
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
-from polyrank.experiment.start import first_state
+from polyrank.experiment.start import check_start, first_state
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
@@ -228,7 +228,8 @@ def _ground(experiment: Experiment) -> _Ground:
     budgets = group_budgets(experiment, method, planned)
     rank = server_rank(experiment, budgets)
     check_rank(rank, planned, experiment)
-    for caution in cautions(empty):
+    unknown = check_start(experiment, method, planned.modules, rank, empty.info)
+    for caution in unknown + cautions(empty, experiment.model.export):
         _log.warning("%s", caution)
     shares = share_data(experiment)
     dataset, device = shares.dataset, pick_device(experiment.device)

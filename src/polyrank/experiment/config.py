@@ -50,6 +50,8 @@ class ModelConfig(Strict):
         alpha: scale = alpha / rank; equal to the rank if not given, so that the scale is 1.
         head: whether the classification head is trained and averaged, or stays as it started.
         adapter: a PEFT adapter to start from.
+        export: what is published of a run. PEFT cannot load the adapter of all targets of some models; such targets are
+            refused, but for ``merged``: the model with the adapter merged in has them all.
         dtype: of the base; ``float16`` on a GPU only.
         attention: ``eager``, ``sdpa`` (memory-efficient), or ``auto`` for the library's choice.
         quantize: ``8bit`` or ``4bit`` linear layers of the base, by bitsandbytes (extra ``quant``).
@@ -64,6 +66,7 @@ class ModelConfig(Strict):
     alpha: Annotated[float, Field(gt=0)] | None = None
     head: Literal["train", "freeze"] = "train"
     adapter: Path | None = None
+    export: Literal["adapter", "merged"] = "adapter"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     quantize: Quantization | None = None

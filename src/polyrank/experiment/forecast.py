@@ -64,13 +64,14 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
     check_rank(rank, spec, experiment)
-    check_start(experiment, method, spec.modules, rank)
+    unknown = check_start(experiment, method, spec.modules, rank, base.info)
     examples, notes = _examples(experiment)
+    notes += unknown
     names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
     sizes, clients = _clients(experiment)
     phases, unscored = _phases(experiment, method, spec, rank, {c: budgets[g] for c, g in clients.items()}, scores)
-    notes += _boost(experiment, method) + unscored + notes_of(spec) + cautions(base)
+    notes += _boost(experiment, method) + unscored + notes_of(spec) + cautions(base, experiment.model.export)
     firsts = [next((c for c, of in clients.items() if of == g), "") for g in range(len(names))]
     groups = [
         {
