@@ -99,8 +99,9 @@ def reasons(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not row["targets"]:
         yield "everything", refused["plan all-linear"]
         return
-    if "plan attention" in refused:
-        yield "`targets: attention`", refused["plan attention"]
+    for targets in ("attention", "all-linear"):
+        if f"plan {targets}" in refused:
+            yield f"`targets: {targets}`", refused[f"plan {targets}"]
     yield from ((step, why) for step, why in refused.items() if not step.startswith("plan "))
     if "run" in refused:
         return

@@ -1,16 +1,26 @@
 """An export is held against the run: PEFT's own load of the adapter, Transformers' own of the merged model."""
 
 import json
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import tiny
+from families import FAMILIES
+from polyrank.core.lowrank import Adapter, LowRank, fresh
+from polyrank.core.rng import stream
 from polyrank.experiment import publishing
+from polyrank.local import hf
+from polyrank.local.adapters import write_adapter
+from polyrank.local.base import Base
+from polyrank.local.peft_layers import lost_layers
 
 DEEPSEEK = {
     **tiny.ENCODER,
@@ -74,6 +84,28 @@ def test_targets_that_peft_would_lose_are_refused(mixture: Path, tmp_path: Path)
     assert "loses 3 of 3 layers" in " ".join(some.stderr.split())
     less = tiny.polyrank("plan", file, *adapter, "--set", "model.targets=attention")
     assert less.exit_code == 0, less.output
+
+
+@pytest.mark.parametrize("name", ["swin", "mixtral", "qwen2_moe", "clip", "siglip"])
+def test_no_layer_is_called_lost_that_peft_loads(name: str) -> None:
+    """Families of which Transformers has renamed layers; PEFT's own load of an adapter tells."""
+    family = FAMILIES[name]
+    size = {"image_size": 32} if family.kind == "image" else {}
+
+    def base(device: str) -> Base:
+        kind: Any = family.kind
+        return hf.base_from_config(family.make(), "all-linear", kind=kind, classes=3, tokens=0, device=device, **size)
+
+    whole, meta = base("cpu"), base("meta")
+    layers = {n: fresh(shape, 1, 1.0, stream(0, "x")) for n, shape in whole.spec.modules.items()}
+    adapter = Adapter({n: LowRank(x.A, torch.ones_like(x.B)) for n, x in layers.items()}, whole.initial_head())
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads what Transformers has deprecated
+        write_adapter(Path(folder), adapter, whole.info)
+        model = PeftModel.from_pretrained(whole.model, folder)
+    factors = {n.removeprefix("base_model.model.") for n, x in model.named_parameters() if ".lora_B." in n and x.any()}
+    assert {n.split(".lora_B.")[0] for n in factors} == set(layers) - set(lost_layers(meta))
+    assert not lost_layers(base("meta"))
 
 
 def test_the_merged_mixture_is_verified(mixture: Path, tmp_path: Path) -> None:

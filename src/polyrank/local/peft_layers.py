@@ -54,8 +54,10 @@ def lost_layers(base: Base) -> list[str]:
     if not get_checkpoint_conversion_mapping(base.model.config.model_type):
         return []
     layers = {name: zeros(shape, 1) for name, shape in base.spec.modules.items()}
+    parameters = dict(base.model.named_parameters())
+    head = {name: torch.zeros(parameters[name].shape) for name in base.head}
     with TemporaryDirectory() as folder:
-        write_adapter(Path(folder), Adapter(layers), base.info)
+        write_adapter(Path(folder), Adapter(layers, head), base.info)
         try:
             model = _peft(base, Path(folder))
             report = model.load_adapter(folder, "default", low_cpu_mem_usage=True)
