@@ -49,12 +49,16 @@ def png(samples: np.ndarray, bits: int, colour: int, *chunks: tuple[bytes, bytes
     return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
 
 
-def tiff(data: bytes, bits: int, photometric: int) -> bytes:
-    """A 64 x 64 grey TIFF by its specification: one strip, after the tags."""
-    tags = [(256, 64), (257, 64), (258, bits), (259, 1), (262, photometric), (273, 110), (277, 1), (278, 64)]
-    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+def tiff(data: bytes, bits: int, photometric: int, alpha: int | None = None) -> bytes:
+    """A 64 x 64 grey TIFF by its specification: one strip, after the tags; `alpha` is its kind, 1: premultiplied."""
+    start = 150
+    tags = [(256, 64), (257, 64), (258, bits), (259, 1), (262, photometric), (273, start), (277, 1), (278, 64)]
+    if alpha is not None:  # the bits of two channels fit into the entry itself
+        tags[2], tags[6] = (258, bits << 16 | bits), (277, 2)
+        tags.append((338, alpha))
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1 + (value > 65535), value) for tag, value in tags)
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
-    return head.ljust(110, b"\0") + data
+    return head.ljust(start, b"\0") + data
 
 
 def twelve(values: np.ndarray) -> bytes:
@@ -250,6 +254,17 @@ def test_plain_images_are_what_pillow_reads(channels):
         due = np.asarray(due.resize((48, 48), Image.Resampling.BILINEAR)).reshape(48, 48, channels)
         np.testing.assert_array_equal(pixels, due.transpose(2, 0, 1))
     assert np.abs(split.pixels[3].astype(int) - split.pixels[0]).mean() < 20  # a palette is near what it was made of
+
+
+def test_colour_spaces_that_pillow_converts_to_rgb_only():
+    lab = Image.frombytes("LAB", (64, 64), np.dstack([GREY, *np.zeros((2, 64, 64), np.uint8)]).tobytes())
+    colour, grey = (pixels_of(encoded(lab, "TIFF"), channels) for channels in (3, 1))
+    assert np.ptp(colour.astype(int), 0).max() <= 2  # L alone is grey, from black to white
+    assert colour.min() < 5
+    assert colour.max() > 250
+    assert np.abs(grey.astype(int) - colour).max() <= 2
+    premultiplied = tiff(np.dstack([GREY // 2, np.full_like(GREY, 128)]).tobytes(), 8, 1, alpha=1)
+    assert np.abs(pixels_of(premultiplied).astype(int) - (GREY // 2 + 127)).max() <= 1
 
 
 def test_of_frames_and_pages_the_first_is_read():

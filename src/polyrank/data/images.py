@@ -35,6 +35,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What Pillow converts to some modes only.
+_ON_THE_WAY = {"LAB": "RGB", "La": "LA"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 
 
@@ -218,8 +220,9 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _opaque(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode in _ON_THE_WAY:
+        image = image.convert(_ON_THE_WAY[image.mode])
     if not image.has_transparency_data:
         return image.convert(mode)
-    image = image.convert("LA") if image.mode == "La" else image
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB").convert(mode)
