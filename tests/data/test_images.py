@@ -346,6 +346,17 @@ def test_the_range_is_of_images_and_has_two_ends(tmp_path):
             files(train=path, test=path, **options)
 
 
+@pytest.mark.parametrize("span", [[0], [0, 1, 2], [0, "white"], [7, 7]])
+def test_a_range_in_a_manifest_is_checked(tmp_path, span):
+    path = _table(tmp_path / "all.parquet", [encoded(GREY)] * 2)
+    write_per_client(tmp_path / "split", files(train=path, test=path, image="image"), {"a": np.arange(2)})
+    manifest = json.loads((tmp_path / "split" / "manifest.json").read_text())
+    manifest["data"]["image_range"] = span
+    (tmp_path / "split" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"data.image_range: \["):
+        per_client(folder=tmp_path / "split")
+
+
 def test_raw_arrays_of_more_bits_are_read_alike(tmp_path):
     due = np.stack([GREY, GREY.T])
 

@@ -151,8 +151,7 @@ def _classified(
     name: str, options: Mapping[str, Any], parts: Sequence[Path], others: Sequence[Path]
 ) -> tuple[Dataset, list[int]]:
     """A data set whose train is all `parts`, in order, and how many examples each has."""
-    span = options.get("image_range")
-    image_range = None if span is None else (float(span[0]), float(span[1]))
+    image_range = None if options.get("image_range") is None else tuple(options["image_range"])
     wanted = wanted_columns(
         options.get("text"), options.get("image"), options["label"], options["columns"], image_range
     )
@@ -162,7 +161,7 @@ def _classified(
     columns = {other: np.concatenate([raw.columns[other] for raw in raws]) for other in wanted.others}
     labels = np.concatenate([raw.labels for raw in raws])
     origin = Origin.whole(*((raw.where, len(raw.labels)) for raw in raws))
-    train = Raw(str(parts[0].parent), joined, labels, columns, origin=origin, image_range=image_range)
+    train = Raw(str(parts[0].parent), joined, labels, columns, origin=origin, image_range=wanted.image_range)
     splits = [train, *(read_raw(path, wanted._replace(others=[])) for path in others)]
     return to_dataset(name, wanted.kind, splits, options["classes"]), [len(raw.labels) for raw in raws]
 

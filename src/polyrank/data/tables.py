@@ -87,16 +87,19 @@ def wanted_columns(
     image: str | None,
     label: str,
     columns: list[str] | None,
-    image_range: ImageRange | None = None,
+    image_range: tuple[float, ...] | None = None,
 ) -> Columns:
     """The columns to read, from the options that `files` and `hub` share."""
     if bool(text) == bool(image):
         raise DataError(f"data: exactly one of text and image names a column; got text={text!r}, image={image!r}")
-    if image_range is not None and (not image or image_range[0] == image_range[1]):
-        raise DataError(
-            f"data.image_range: {list(image_range)}: two different values, of black and of white in images; for example"
-            " [0, 4095]"
-        )
+    if image_range is not None:
+        numbers = all(isinstance(value, int | float) for value in image_range)
+        if not image or not numbers or len(image_range) != 2 or image_range[0] == image_range[1]:
+            raise DataError(
+                f"data.image_range: {list(image_range)}: it is two different values, of black and of white in images;"
+                " for example [0, 4095]"
+            )
+        image_range = (float(image_range[0]), float(image_range[1]))
     inputs = [image] if image else [text] if isinstance(text, str) else list(text or [])
     return Columns("image" if image else "text", inputs, label, list(columns or []), image_range)
 
