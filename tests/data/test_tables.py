@@ -192,8 +192,8 @@ def test_images_that_are_not(tmp_path):
     np.savez(tmp_path / "f.npz", images=np.zeros((2, 3, 3)), labels=np.zeros(3, int))
     path = tmp_path / "f.npz"
     _refused(r"array 'images' has shape \(2, 3, 3\)", train=path, test=path, image="images", label="labels")
-    np.savez(path, images=np.zeros((2, 3, 3)), labels=np.zeros(2, int))
-    _refused("float64", train=path, test=path, image="images", label="labels")
+    np.savez(path, images=np.zeros((2, 3, 3), bool), labels=np.zeros(2, int))
+    _refused("bool", train=path, test=path, image="images", label="labels")
 
 
 def many(tmp_path, validation: bool = False) -> Dataset:

@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from polyrank.data.formats import read_table
 from polyrank.data.instructions import Fields, of_turns
-from polyrank.data.source import DataError, Dataset, Prompting, Source, Turn
+from polyrank.data.source import DataError, Dataset, Origin, Prompting, Source, Turn
 from polyrank.data.tables import Raw, read_raw, to_dataset, wanted_columns
 from polyrank.files import whole_folder, write_json
 
@@ -151,12 +151,17 @@ def _classified(
     name: str, options: Mapping[str, Any], parts: Sequence[Path], others: Sequence[Path]
 ) -> tuple[Dataset, list[int]]:
     """A data set whose train is all `parts`, in order, and how many examples each has."""
-    wanted = wanted_columns(options.get("text"), options.get("image"), options["label"], options["columns"])
+    image_range = None if options.get("image_range") is None else tuple(options["image_range"])
+    wanted = wanted_columns(
+        options.get("text"), options.get("image"), options["label"], options["columns"], image_range
+    )
     raws = [read_raw(path, wanted) for path in parts]
     inputs: Any = [raw.inputs for raw in raws]
     joined = np.concatenate(inputs) if isinstance(inputs[0], np.ndarray) else [item for part in inputs for item in part]
     columns = {other: np.concatenate([raw.columns[other] for raw in raws]) for other in wanted.others}
-    train = Raw(str(parts[0].parent), joined, np.concatenate([raw.labels for raw in raws]), columns)
+    labels = np.concatenate([raw.labels for raw in raws])
+    origin = Origin.whole(*((raw.where, len(raw.labels)) for raw in raws))
+    train = Raw(str(parts[0].parent), joined, labels, columns, origin=origin, image_range=wanted.image_range)
     splits = [train, *(read_raw(path, wanted._replace(others=[])) for path in others)]
     return to_dataset(name, wanted.kind, splits, options["classes"]), [len(raw.labels) for raw in raws]
 
@@ -190,7 +195,9 @@ def _options(dataset: Dataset, columns: Mapping[str, str]) -> dict[str, Any]:
     """What reads the files: the options of `files` or `instructions`, but for the files."""
     others = list(dataset.train.columns)
     if dataset.kind != "causal":
-        return {"name": "files", **columns, "columns": others, "classes": list(dataset.classes)}
+        span = dataset.train.image_range
+        more = {} if span is None else {"image_range": list(span)}
+        return {"name": "files", **columns, "columns": others, "classes": list(dataset.classes), **more}
     asked = dataset.prompting or Prompting()
     template = _TEMPLATE if Path(asked.template).is_file() else asked.template
     parts = {part: columns.get(part) for part in (*Turn._fields, "label")}

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from PIL import Image
 
 from polyrank.data.cache import cache_path, log, replacing
+from polyrank.data.images import Scale, read_image
 from polyrank.data.padding import RIGHT, Padding
 from polyrank.data.source import DataError, Source
 
 _TEXTS_AT_ONCE = 1000
+_DECODING = 2  # part of the name of decoded images that are kept: raised when the same bytes come to mean other pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,8 @@ def prepare_text(
 def prepare_images(source: Source, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> ImageSplit:
     """Decodes and resizes a split once; the next call with the same images and size maps the result from disk.
 
-    Each image becomes RGB (3 channels) or grey (1), and is resized to size x size, bilinear, whatever its shape.
+    Each image becomes RGB (3 channels) or grey (1), and is resized to size x size, bilinear, whatever its shape; see
+    `read_image`.
 
     Args:
         source: encoded or raw images, and labels.
@@ -134,6 +136,9 @@ def prepare_images(source: Source, size: int, channels: int, mean: Sequence[floa
         channels: 3 or 1.
         mean: per channel, in units of full intensity; one value serves all channels.
         std: per channel, likewise.
+
+    Raises:
+        DataError: naming the file and the row of an image that cannot be read, rows counted from 1.
     """
     if channels not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, not {channels}")
@@ -141,16 +146,17 @@ def prepare_images(source: Source, size: int, channels: int, mean: Sequence[floa
     if not len(mean) == len(std) == channels:
         raise DataError(f"images of {channels} channels need as many means and deviations; got {mean} and {std}")
     shape = (len(source), channels, size, size)
-    path = cache_path(source.inputs, "images", size, channels, suffix=".npy") if len(source) else None
+    coded = () if isinstance(source.inputs, np.ndarray) else (_DECODING, source.image_range)
+    path = cache_path(source.inputs, "images", size, channels, *coded, suffix=".npy") if len(source) else None
     if path is None:
         pixels = np.empty(shape, np.uint8)
-        _decode(source.inputs, pixels)
+        _decode(source, pixels)
         return ImageSplit(pixels, source.labels, mean, std)
     pixels = _map_pixels(path, shape)
     if pixels is None:
         with replacing(path) as temporary:
             written = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            _decode(source.inputs, written)
+            _decode(source, written)
             written.flush()
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return ImageSplit(pixels, source.labels, mean, std)
@@ -197,24 +203,18 @@ def _tokenise(
     return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _decode(inputs: list[bytes] | np.ndarray, pixels: np.ndarray) -> None:
+def _decode(source: Source, pixels: np.ndarray) -> None:
     """Fills `pixels` (N, C, H, W) from encoded images or raw ones (N, H, W, C)."""
+    inputs: Any = source.inputs
     channels, size = pixels.shape[1:3]
     if isinstance(inputs, np.ndarray) and inputs.shape[1:] == (size, size, channels):
         pixels[...] = inputs.transpose(0, 3, 1, 2)
         return
-    mode = "RGB" if channels == 3 else "L"
-    for row, item in enumerate(inputs):
-        image = _open(item, row, mode)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        pixels[row] = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-
-
-def _open(item: bytes | np.ndarray, row: int, mode: str) -> Image.Image:
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item).convert(mode)
-    try:
-        return Image.open(io.BytesIO(item)).convert(mode)
-    except OSError as error:  # unknown formats and images that break off alike
-        raise DataError(f"image {row} of {len(item)} bytes cannot be decoded: {error}") from error
+    scale = Scale(source.image_range)
+    for index, item in enumerate(inputs):
+        try:
+            pixels[index] = read_image(item, size, channels, scale).transpose(2, 0, 1)
+        except DataError as error:
+            file, row = source.origin.place(index) if source.origin else ("data", index + 1)
+            raise DataError(f"{file}: the image in row {row} cannot be read: {error}") from error
+    scale.check(str(source.origin or "data"))

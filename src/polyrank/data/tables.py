@@ -10,16 +10,18 @@ import numpy as np
 import pyarrow as pa
 
 from polyrank.data.formats import column_names, kind_of, read_arrays, read_table, require_columns
-from polyrank.data.source import DataError, Dataset, Source, unknown
+from polyrank.data.images import raw_images
+from polyrank.data.source import DataError, Dataset, ImageRange, Origin, Source, unknown
 
 
 class Columns(NamedTuple):
-    """Which columns are the inputs, the label, and what else to keep."""
+    """Which columns are the inputs, the label, and what else to keep; of images, the values of black and white."""
 
     kind: Literal["text", "image"]
     inputs: list[str]
     label: str
     others: list[str]
+    image_range: ImageRange | None = None
 
     @property
     def all(self) -> list[str]:
@@ -35,6 +37,8 @@ class Raw(NamedTuple):
     labels: np.ndarray
     columns: dict[str, np.ndarray]
     class_names: list[str] | None = None
+    origin: Origin | None = None
+    image_range: ImageRange | None = None
 
 
 def files(
@@ -47,11 +51,12 @@ def files(
     label: str = "label",
     columns: list[str] | None = None,
     classes: Path | list[str] | None = None,
+    image_range: ImageRange | None = None,
 ) -> Dataset:
     """Local parquet, CSV, JSON-lines or .npz files, one for each split.
 
     Exactly one of `text` and `image` names the inputs. In an .npz file the names are those of its arrays, and
-    images are uint8 (N, H, W) or (N, H, W, C).
+    images are numbers (N, H, W) or (N, H, W, C).
 
     Args:
         train: the file that is split among the clients.
@@ -62,11 +67,13 @@ def files(
         label: the class column: whole numbers from 0, or strings, numbered in sorted order over all splits.
         columns: other columns to keep, for example the one that names natural clients.
         classes: the class names in order, as a list or as a JSON file that holds one.
+        image_range: the values of black and white in images of more than 8 bits; without it, 0 and 65535 of whole
+            numbers, 0 and 1 of floating-point ones.
 
     Raises:
         DataError: for a file, a column or a value that cannot be used.
     """
-    wanted = wanted_columns(text, image, label, columns)
+    wanted = wanted_columns(text, image, label, columns, image_range)
     paths = [Path(path) for path in (train, validation, test) if path is not None]
     for path in paths:
         require_columns(wanted.all, column_names(path), str(path))
@@ -75,12 +82,26 @@ def files(
     return to_dataset("files", wanted.kind, splits, names)
 
 
-def wanted_columns(text: str | list[str] | None, image: str | None, label: str, columns: list[str] | None) -> Columns:
+def wanted_columns(
+    text: str | list[str] | None,
+    image: str | None,
+    label: str,
+    columns: list[str] | None,
+    image_range: tuple[float, ...] | None = None,
+) -> Columns:
     """The columns to read, from the options that `files` and `hub` share."""
     if bool(text) == bool(image):
         raise DataError(f"data: exactly one of text and image names a column; got text={text!r}, image={image!r}")
+    if image_range is not None:
+        numbers = all(isinstance(value, int | float) for value in image_range)
+        if not image or not numbers or len(image_range) != 2 or image_range[0] == image_range[1]:
+            raise DataError(
+                f"data.image_range: {list(image_range)}: it is two different values, of black and of white in images;"
+                " for example [0, 4095]"
+            )
+        image_range = (float(image_range[0]), float(image_range[1]))
     inputs = [image] if image else [text] if isinstance(text, str) else list(text or [])
-    return Columns("image" if image else "text", inputs, label, list(columns or []))
+    return Columns("image" if image else "text", inputs, label, list(columns or []), image_range)
 
 
 def from_table(table: pa.Table, wanted: Columns, where: str) -> Raw:
@@ -88,7 +109,9 @@ def from_table(table: pa.Table, wanted: Columns, where: str) -> Raw:
     read = _texts if wanted.kind == "text" else _encoded_images
     others = {name: plain_column(table[name], name, where) for name in wanted.others}
     labels = plain_column(table[wanted.label], wanted.label, where)
-    return Raw(where, read(table, wanted.inputs, where), labels, others, _class_names(table.schema, wanted.label))
+    names = _class_names(table.schema, wanted.label)
+    inputs = read(table, wanted.inputs, where)
+    return Raw(where, inputs, labels, others, names, Origin.whole((where, len(table))), wanted.image_range)
 
 
 def to_dataset(name: str, kind: Literal["text", "image"], splits: list[Raw], classes: list[str] | None) -> Dataset:
@@ -107,7 +130,9 @@ def to_dataset(name: str, kind: Literal["text", "image"], splits: list[Raw], cla
         classes = classes or [str(index) for index in range(top + 1)]
     for split, values in zip(splits, labels, strict=True):
         _check_labels(split.where, values, classes)
-    sources = [Source(s.inputs, values, s.columns) for s, values in zip(splits, labels, strict=True)]
+    sources = [
+        Source(s.inputs, values, s.columns, s.origin, s.image_range) for s, values in zip(splits, labels, strict=True)
+    ]
     train, test = sources[0], sources[-1]
     validation = sources[1] if len(sources) == 3 else train.select(np.empty(0, np.int64))
     return Dataset(name, kind, train, validation, test, tuple(classes))
@@ -122,13 +147,9 @@ def read_raw(path: Path, wanted: Columns) -> Raw:
         rows = arrays[wanted.label].shape
         if values.shape[:1] != rows:
             raise DataError(f"{path}: array {name!r} has shape {values.shape}, but the labels have {rows}")
-    inputs = arrays[wanted.inputs[0]]
-    if wanted.kind == "text" or inputs.dtype != np.uint8 or inputs.ndim not in (3, 4):
-        raise DataError(
-            f"{path}: array {wanted.inputs[0]!r} is {inputs.dtype} {inputs.shape}; an .npz file holds images, uint8"
-            " (N, H, W) or (N, H, W, C)"
-        )
-    images = inputs[..., None] if inputs.ndim == 3 else inputs
+    if wanted.kind == "text":
+        raise DataError(f"{path}: an .npz file holds images, not texts; name their array with data.image")
+    images = raw_images(arrays[wanted.inputs[0]], wanted.image_range, wanted.inputs[0], str(path))
     return Raw(str(path), images, arrays[wanted.label], {name: arrays[name] for name in wanted.others})
 
 
