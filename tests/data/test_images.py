@@ -286,6 +286,7 @@ BROKEN = {
     "cut": (encoded(COLOUR, "JPEG")[:600], ""),
     "bomb": (encoded(Image.new("1", (20000, 20000))), "400000000 pixels"),
     "no pixel": (b"P5 0 4 255\n", ""),
+    "a program": (encoded(COLOUR, "EPS"), "no such format"),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -186,9 +187,16 @@ def _raw(item: np.ndarray) -> Image.Image:
     return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
 
 
+@cache
+def _formats() -> list[str]:
+    """All that Pillow reads but PostScript, which it would hand to another program to run."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
 def _decoded(item: bytes, scale: Scale) -> Image.Image:
     """Upright, and with 8 bits a channel."""
-    image: Image.Image = Image.open(io.BytesIO(item))
+    image: Image.Image = Image.open(io.BytesIO(item), formats=_formats())
     stored, tags = str(image.tile), getattr(image, "tag_v2", {})  # type: ignore[attr-defined]
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
