@@ -71,8 +71,14 @@ SHORTENED = {  # to a run of four rounds on few examples
 }
 
 
+# One of each kind of state: an adapter alone, scores, pruned ranks, what is folded into the base, one factor a round,
+# factors that all share, layers dealt at random, and Kronecker factors.
+RESUMED = ("fedit", "hralora", "fim_hla", "hetlora", "flora", "fedsvd", "rolora", "ffa_lora", "fedra", "lokr")
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_and_resumes_to_the_same_bytes(method: str, tmp_path: Path, config: Config) -> None:
+def test_every_method_learns(method: str, tmp_path: Path, config: Config) -> None:
+    """In four rounds; a few of them also resume to the same bytes."""
     options = {"name": method, **SHORTENED.get(method, {})}
     changes = {"method": options, "rounds": 4, "cohort": 3}
     summary = finished(started(tmp_path / "whole", config, **changes))
@@ -84,6 +90,8 @@ def test_every_method_learns_and_resumes_to_the_same_bytes(method: str, tmp_path
     assert summary["final"]["test"]["loss"] < summary["before"]["test"]["loss"]
     assert summary["bytes_up"] == sum(sum(record["bytes_up"].values()) for record in found)
 
+    if method not in RESUMED:
+        return
     stop = int(stream(0, "stop", method).integers(1, 4))
     rounds = started(tmp_path / "halves", config, **changes).rounds()
     for _ in range(stop):
