@@ -168,7 +168,7 @@ def data_of(kind: str, folder: Path) -> Path:
     return path
 
 
-def experiment(folder: Path, model: Path, kind: str, data: Path, targets: str, clients: int, rate: float) -> Path:
+def experiment(folder: Path, model: Path, kind: str, data: Path, targets: str, clients: int) -> Path:
     """The file of a round; its clients have unequal ranks, and train two steps."""
     files = {"name": "files", "train": str(data), "test": str(data)}
     source = {

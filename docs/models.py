@@ -48,8 +48,8 @@ With {libraries}; {date}.
 """
 
 ROUNDING = (
-    "it takes maxima over positions, so a gradient jumps where two are nearly equal: its clients alone differ by as much "
-    "when the base's weights change by half a rounding (6e-8)"
+    "it takes maxima over positions, so a gradient jumps where two are nearly equal: its clients alone differ by as "
+    "much when the base's weights change by half a rounding (6e-8)"
 )
 COLUMNS = ("family", "targets", "covered", "blocks", "memory", "padding", "together", "examples", "PEFT")
 
