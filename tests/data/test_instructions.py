@@ -45,10 +45,10 @@ def test_an_array_reads_as_lines_do(tmp_path: Path, how: dict[str, Any], before:
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        ([1, 2], r"a\.json: not a readable json file: entry 0 of its array is not an object"),
+        ([1, 2], r"a\.json: not a readable json file: row 1 is not a JSON object"),
         ([], r"a\.json: no column 'instruction'"),
-        ([{"instruction": "x", "output": 5}], r"a\.json: not a readable json file"),
-        ([{"instruction": "x", "outptu": "y"}], r"a\.json: no column 'output'; did you mean 'outptu'\?"),
+        ([{"instruction": "x", "output": 5}], r"a\.json: row 1: column 'output' holds 5; it must hold text"),
+        ([{"instruction": "x", "outptu": "y"}], r"a\.json: row 1: no column 'output'; did you mean 'outptu'\?"),
     ],
 )
 def test_an_array_that_will_not_do(tmp_path: Path, held: Any, said: str) -> None:
@@ -167,7 +167,7 @@ def test_only_train_needs_the_columns_that_are_kept(tmp_path: Path) -> None:
     found = instructions(train=path, test=other, validation=other, columns=["id"])
     assert found.train.columns["id"].tolist() == [7, 8, 9]
     assert (found.test.columns, found.validation.columns) == ({}, {})
-    with pytest.raises(DataError, match=r"b\.json: no column 'id'"):
+    with pytest.raises(DataError, match=r"b\.json: row 1: no column 'id'"):
         instructions(train=other, test=path, columns=["id"])
 
 
