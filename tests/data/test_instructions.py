@@ -151,6 +151,13 @@ def test_templates_that_do_not_fit(tmp_path: Path) -> None:
     refused(
         r"own\.json: with_input names \{context\}, which nothing fills in.* \{instruction\} and \{input\}", template=own
     )
+    marked = tmp_path / "marked.json"
+    marked.write_text("\ufeff" + json.dumps(good), encoding="utf-8")
+    assert instructions(train=path, test=path, template=marked).prompting == Prompting(str(marked))
+    marked.write_bytes(
+        json.dumps(good | {"with_input": "{instruction} {input} é"}, ensure_ascii=False).encode("latin-1")
+    )
+    refused(r"marked\.json: not JSON: line 1 is not UTF-8.*; save the file as UTF-8", template=marked)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(good | {"without_input": "{instruction} {input}"}))
     refused(r"other\.json: without_input names \{input\}", template=other)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from polyrank.data.formats import read_rows, require_columns
+from polyrank.data.formats import check_columns, read_rows
 from polyrank.data.source import DataError
 
 _FIRST = re.compile(r"(?:^|\s)A[.):]\s")
@@ -65,12 +65,12 @@ def read_questions(path: Path, layout: Layout) -> list[Question]:
     Raises:
         DataError: naming the file, the row and what it would have to hold.
     """
+    several = [layout.choices] if isinstance(layout.choices, str) else list(layout.choices or [])
+    named = [layout.question, layout.answer, *several, layout.instruction, layout.subject]
+    check_columns(path, [name for name in named if name is not None])
     rows = read_rows(path)
     if not rows:
         raise DataError(f"{path}: no questions")
-    several = [layout.choices] if isinstance(layout.choices, str) else list(layout.choices or [])
-    named = [layout.question, layout.answer, *several, layout.instruction, layout.subject]
-    require_columns([name for name in named if name is not None], list(rows[0]), str(path))
     found = []
     for number, row in enumerate(rows, 1):
         try:

@@ -26,7 +26,7 @@ def header(path: Path) -> list[str]:
         names = next((row for row in csv.reader(file) if row), None)
     if names is None:
         raise ValueError("it is empty")
-    if "\0" in "".join(names).encode().decode():
+    if b"\0" in "".join(names).encode():  # which refuses what is not UTF-8
         raise ValueError("its header has bytes of value 0")
     return names
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,15 +36,13 @@ def number_by_value(splits: Sequence[Labels]) -> tuple[list[np.ndarray], list[st
     for split in splits:
         _check_numbers(split, None)
     numeric = all(split.are_numbers for split in splits)
-    values = [split.values.tolist() if numeric else _names(split) for split in splits]
+    values: list[list[Any]] = [split.values.tolist() if numeric else _names(split) for split in splits]
     present = sorted(set().union(*values))
     number = {value: index for index, value in enumerate(present)}
     strange = set().union(*values[1:]).difference(values[0])
     if strange:
-        shown = ", ".join(str(value) for value in sorted(strange)[:10]) + (", ..." if len(strange) > 10 else "")
-        log.warning(
-            "%s: %d classes occur in other splits and not in this one: %s", splits[0].where, len(strange), shown
-        )
+        shown = ", ".join(map(str, sorted(strange)[:10])) + (", ..." if len(strange) > 10 else "")
+        log.warning("%s: nothing is learnt of classes that other splits alone have: %s", splits[0].where, shown)
     return [_array(number[value] for value in split) for split in values], [str(value) for value in present]
 
 
@@ -84,8 +82,7 @@ def check_names(splits: Sequence[Labels], names: Sequence[str]) -> None:
     if strange and {str(value) for value in values} <= set(names):
         raise DataError(
             f"data.classes: label {strange[0]} may be the class {str(strange[0])!r} or an index, from 0, into"
-            f" {', '.join(names[:10])}; leave data.classes out to name classes by their labels, or give names that are no"
-            " numbers"
+            f" {', '.join(names[:10])}; leave data.classes out to name classes by their labels, or choose other names"
         )
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from polyrank.data.source import DataError
+from polyrank.errors import shortened
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
@@ -31,9 +32,10 @@ def plain_column(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int64())
     if text is None and not pa.types.is_integer(values.type):
-        shown = f", such as {values[0].as_py()!r} in row 1" if len(values) else ""
+        shown = f", such as {shortened(values[0].as_py())} in row 1" if len(values) else ""
         raise DataError(f"{where}: column {name!r} holds {values.type}{shown}; it must hold whole numbers or text")
-    return values.to_numpy()
+    found: np.ndarray = values.to_numpy()
+    return found
 
 
 def plain_array(values: np.ndarray, name: str, where: str) -> np.ndarray:

@@ -117,7 +117,7 @@ def read_raw(path: Path, wanted: Columns) -> Raw:
         return from_table(read_table(path, wanted.all, wanted.inputs), wanted, str(path))
     arrays = read_arrays(path, wanted.all)
     for name, values in arrays.items():
-        rows = arrays[wanted.label].shape
+        rows = arrays[wanted.label].shape[:1]
         if values.shape[:1] != rows:
             raise DataError(f"{path}: array {name!r} has shape {values.shape}, but the labels have {rows}")
     inputs = arrays[wanted.inputs[0]]
