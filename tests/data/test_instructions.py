@@ -154,10 +154,11 @@ def test_templates_that_do_not_fit(tmp_path: Path) -> None:
     marked = tmp_path / "marked.json"
     marked.write_text("\ufeff" + json.dumps(good), encoding="utf-8")
     assert instructions(train=path, test=path, template=marked).prompting == Prompting(str(marked))
-    marked.write_bytes(
+    latin = tmp_path / "latin.json"
+    latin.write_bytes(
         json.dumps(good | {"with_input": "{instruction} {input} é"}, ensure_ascii=False).encode("latin-1")
     )
-    refused(r"marked\.json: not JSON: line 1 is not UTF-8.*; save the file as UTF-8", template=marked)
+    refused(r"latin\.json: not JSON: line 1 is not UTF-8.*; save the file as UTF-8", template=latin)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(good | {"without_input": "{instruction} {input}"}))
     refused(r"other\.json: without_input names \{input\}", template=other)

@@ -147,12 +147,12 @@ def test_one_class_alone_is_refused_unless_a_list_names_others(
 
     def shares(**options: Any) -> Any:
         data = {"name": "files", "train": str(one), "test": str(two), "text": "text", "clients": 2, **options}
-        raw = {"rounds": 1, "model": "x", "data": data, "fleet": [{"rank": 2}]}
+        raw = {"rounds": 1, "model": {"name": "x"}, "data": data, "fleet": [{"rank": 2}]}
         return share_data(parse(raw, "x", tmp_path)).dataset
 
     for test in (one, two):
         with pytest.raises(
-            DataError, match="files: every training example is of class 'a'; .* list all classes in data"
+            DataError, match=r"files: every training example is of class 'a'; .* list all classes in data"
         ):
             shares(test=str(test))
     with pytest.raises(DataError, match="every training example is of class 'a'"):

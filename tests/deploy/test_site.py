@@ -124,7 +124,7 @@ def test_a_sites_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> Non
     text = path.read_text() + "# é\n"
     path.write_text("\ufeff" + text, encoding="utf-8")
     assert read_site(path).model == "digits-vit"
-    for encoding, said in (("latin-1", "line 4 is not UTF-8"), ("utf-16", "its bytes look like UTF-16")):
+    for encoding, said in (("latin-1", "line 3 is not UTF-8"), ("utf-16", "its bytes look like UTF-16")):
         path.write_bytes(text.encode(encoding))
         with pytest.raises(ConfigError, match=rf"site\.yaml: not YAML: {said}.*; save the file as UTF-8"):
             read_site(path)
