@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -95,6 +96,33 @@ def encoded(text: str) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes`, as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is in another encoding, saying what to do.
+    """
+    return decoded(path.read_bytes())
+
+
+def decoded(data: bytes) -> str:
+    """Text from UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ValueError: if it is in another encoding, saying what to do.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
+        raise ValueError("its bytes look like UTF-16; save the file as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise ValueError(
+            f"line {line} is not UTF-8 (byte 0x{byte:02x}, as of Latin-1 or Windows-1252); save the file as UTF-8"
+        ) from None
 
 
 def from_json(text: str | bytes, **options: Any) -> Any:

@@ -654,6 +654,14 @@ def test_what_is_no_config_is_one_message(text: bytes, message: str, tmp_path: P
     assert len(str(refused.value)) < 500
 
 
+def test_a_config_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:
+    plain(tmp_path)
+    found, _ = read_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(read_adapter(tmp_path)[0].layers) == list(found.layers)
+
+
 def test_names_that_look_like_expressions_are_written_so_that_they_read_back(tmp_path: Path) -> None:
     layers = {f"m.a+b({i})": LowRank(torch.ones(r, 4), torch.ones(3, r), 0.5) for i, r in enumerate((1, 2, 2))}
     write_adapter(tmp_path, Adapter(layers), AdapterInfo("tiny", revision="v2"))

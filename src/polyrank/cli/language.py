@@ -58,15 +58,19 @@ def generate(
 
 
 def _turns(file: Path) -> list[Turn]:
+    from polyrank.data.formats import read_rows
     from polyrank.data.source import DataError, Turn
+    from polyrank.files import read_text
 
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if file.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
-        return [Turn(line, "", "") for line in lines]
+        try:
+            lines = read_text(file).splitlines()
+        except ValueError as error:
+            raise DataError(f"--file: {file}: {error}") from None
+        return [Turn(line, "", "") for line in lines if line.strip()]
     try:
-        rows = [json.loads(line) for line in lines]
-        return [Turn(row["instruction"], row.get("input") or "", "") for row in rows]
-    except (ValueError, KeyError, TypeError):
+        return [Turn(row["instruction"], row.get("input") or "", "") for row in read_rows(file)]
+    except KeyError:
         raise DataError(f"--file: {file}: every line must be a JSON object with an instruction") from None
 
 

@@ -30,9 +30,10 @@ def unknown(what: str, value: object, valid: Iterable[object], where: str = "") 
     train.parquet: no column 'lable'; did you mean 'label'? There are: label, text
     """
     names = [str(name) for name in valid]
+    listed = [name if name == name.strip() else repr(name) for name in names[:20]]
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    shown = ", ".join(listed) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return DataError(f"{where + ': ' if where else ''}no {what} {str(value)!r}{hint} There are: {shown or 'none'}")
 
 

@@ -35,7 +35,7 @@ from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import profile_of
 from polyrank.experiment.shares import fleet_profiles, share_data
 from polyrank.experiment.tables import DATASETS
-from polyrank.files import write_bytes
+from polyrank.files import read_text, write_bytes
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
 from polyrank.local.importance import measured
@@ -214,7 +214,7 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
         ConfigError: naming the file, the key, the value and what would be valid.
     """
     try:
-        raw = read_yaml(path.read_text())
+        raw = read_yaml(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -230,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: has more than {MOST_BYTES:,} bytes, which no {path.name} needs")
     check_pointer(path, data)
     try:
-        value = json.loads(data.decode(), parse_constant=_constant, object_pairs_hook=_once)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=_once)
         json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
     except RecursionError:
         raise AdapterError(f"{path}: not JSON that can be read: it is nested too deep") from None
