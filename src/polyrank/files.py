@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-_DEEPEST, _MOST = 100, 10_000_000  # of plain values: levels, and values in all
+_DEEPEST, _MOST, _LONGEST = 100, 10_000_000, 300  # of plain values: levels, values in all, digits of a whole number
 
 TEMPORARY = ".*.tmp"
 """Names of files that are being written, or were when their process died."""
@@ -134,6 +134,8 @@ def _check_size(value: Any) -> None:
         depth, count = depth + 1, count + len(level)
         if depth > _DEEPEST or count > _MOST:
             raise ValueError("nested too deeply" if depth > _DEEPEST else "holds too many values")
+        if any(isinstance(node, int) and abs(node) >= 10**_LONGEST for node in level):
+            raise ValueError(f"a whole number has more than {_LONGEST} digits")
         level = [
             inner
             for node in level

@@ -100,7 +100,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def numbers(
-    option: str, text: str | None, count: int | None, *, least: float, whole: bool = False
+    option: str, text: str | None, count: int | None, *, least: float, most: float = 1e300, whole: bool = False
 ) -> list[float] | None:
     """The numbers of an option such as ``--weights 10,20``; None where it was not given."""
     from polyrank.experiment.config import ConfigError
@@ -115,6 +115,8 @@ def numbers(
         raise ConfigError(f"{option}: {text!r}: every number must be whole")
     if any(not least <= value < float("inf") for value in values):
         raise ConfigError(f"{option}: {text!r}: every number must be finite and at least {least:g}")
+    if any(value > most for value in values):
+        raise ConfigError(f"{option}: {text!r}: every number must be at most {most:g}")
     if count is not None and len(values) != count:
         raise ConfigError(f"{option}: {len(values)} numbers for {count} adapters")
     return values

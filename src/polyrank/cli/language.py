@@ -27,10 +27,10 @@ def generate(
         bool, typer.Option("--best", help="The validation-selected adapter instead of the final one.")
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the template.")] = False,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of an answer, at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=2**31 - 1, help="Of an answer, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=1e6, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="Draw among tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**53, help="Of draws.")] = 0,
     json_: Json = False,
 ) -> None:
     """Let a language model answer, with a run's exported adapter loaded by PEFT itself."""
