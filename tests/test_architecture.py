@@ -57,6 +57,10 @@ ONLY_IN = {
 }
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 PICKLING_CALLS = {"load", "save"}  # of torch
+PARSERS = {"json.load", "json.loads", "yaml.load", "yaml.safe_load"}  # that nest and grow without bounds
+MAY_PARSE = {"polyrank.files", "polyrank.deploy.supervise"}  # the second reads what it wrote, and imports nothing
+PRINTERS = {"sys.stdout.write", "sys.stderr.write", "typer.echo", "typer.secho", "click.echo", "click.secho"}
+MAY_SHOW = {"polyrank.report.screen"}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -138,6 +142,31 @@ def pickle_violations(module: str, tree: ast.AST, imports: set[str]) -> list[str
     return faults
 
 
+def reading_violations(module: str, tree: ast.AST) -> list[str]:
+    """Ways in which a module could read what somebody else wrote without the bounds of `polyrank.files`."""
+    calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & PARSERS
+    return [f"{module} uses {name}: use from_json or from_yaml" for name in sorted(calls) if module not in MAY_PARSE]
+
+
+def showing_violations(module: str, tree: ast.AST, imports: set[str]) -> list[str]:
+    """Ways in which a module could show text on a terminal as more than text, or past the one who shows it.
+
+    `print` is for what a program reads, JSON, and for the version.
+    """
+    consoles = {"rich.console.Console", "rich", "rich.print"}
+    faults = [f"{module} imports {name}: use Screen" for name in sorted(imports & consoles) if module not in MAY_SHOW]
+    for node in ast.walk(tree):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.ImportFrom) and node.module in ("rich", "rich.console"):
+            names = {alias.name for alias in node.names} & {"Console", "print", "get_console"}
+            faults += [f"{module} imports rich's {name}: use Screen" for name in names if module not in MAY_SHOW]
+        plain = called == "print" and isinstance(node, ast.Call) and ast.unparse(node.args[0]).startswith("json.dumps(")
+        version = called == "print" and isinstance(node, ast.Call) and ast.unparse(node.args[0]) == "__version__"
+        if called in PRINTERS or called.endswith("from_markup") or (called == "print" and not (plain or version)):
+            faults.append(f"{module} calls {called}: use Screen")
+    return faults
+
+
 def cycle(graph: Mapping[str, set[str]]) -> list[str]:
     """One import cycle of the graph, its first module repeated at the end; empty if there is none."""
     done: set[str] = set()
@@ -168,6 +197,12 @@ def test_imports_only_what_its_part_may(module: str) -> None:
 @pytest.mark.parametrize("module", SOURCES)
 def test_never_pickles(module: str) -> None:
     assert pickle_violations(module, TREES[module], imports_of(module)) == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_reads_and_shows_in_one_place(module: str) -> None:
+    assert reading_violations(module, TREES[module]) == []
+    assert showing_violations(module, TREES[module], imports_of(module)) == []
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -279,6 +314,29 @@ def test_the_pickle_check_sees(source: str) -> None:
 def test_the_pickle_check_allows_arrays_and_safetensors() -> None:
     tree = ast.parse("import numpy as np\nfrom safetensors.torch import load_file\nnp.load('x', allow_pickle=False)")
     assert pickle_violations("m", tree, imported("m", tree, set(), set())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from rich.console import Console",
+        "import rich\nrich.print('[red]')",
+        "from rich import print",
+        "print(name)",
+        "print(json.dumps(x), name) if x else print(f'{name}')",
+        "import typer\ntyper.echo(name)",
+        "sys.stderr.write(name)",
+        "from rich.text import Text\nText.from_markup(name)",
+    ],
+)
+def test_the_check_of_what_is_shown_sees(source: str) -> None:
+    tree = ast.parse(source)
+    assert showing_violations("m", tree, imported("m", tree, set(), set())) != []
+
+
+@pytest.mark.parametrize("source", ["json.loads(x)", "json.load(f)", "list(map(json.loads, x))", "yaml.safe_load(x)"])
+def test_the_check_of_what_is_read_sees(source: str) -> None:
+    assert reading_violations("m", ast.parse(source)) != []
 
 
 @pytest.mark.parametrize(

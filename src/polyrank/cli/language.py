@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyrank.cli.app import Json, app, mistakes, out
+from polyrank.files import from_json
 
 if TYPE_CHECKING:
     from polyrank.data.source import Turn
@@ -64,7 +65,7 @@ def _turns(file: Path) -> list[Turn]:
     if file.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
         return [Turn(line, "", "") for line in lines]
     try:
-        rows = [json.loads(line) for line in lines]
+        rows = [from_json(line) for line in lines]
         return [Turn(row["instruction"], row.get("input") or "", "") for row in rows]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"--file: {file}: every line must be a JSON object with an instruction") from None

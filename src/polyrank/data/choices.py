@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import pyarrow.parquet
 
 from polyrank.data.formats import kind_of, require_columns
 from polyrank.data.source import DataError
+from polyrank.files import from_json
 
 _FIRST = re.compile(r"(?:^|\s)A[.):]\s")
 
@@ -100,7 +100,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
                 return list(csv.DictReader(file))
         text = path.read_text(encoding="utf-8")
         array = text.lstrip().startswith("[")
-        rows = json.loads(text) if array else [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = from_json(text) if array else [from_json(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable {kind} file: {error}") from None
     if kind == "npz" or not all(isinstance(row, dict) for row in rows):
@@ -133,7 +133,7 @@ def _listed(value: Any) -> tuple[str, ...]:
     if isinstance(value, dict):  # as in ARC: {"text": [...], "label": [...]}
         value = value.get("text")
     if isinstance(value, str):  # of a CSV file
-        value = json.loads(value)
+        value = from_json(value)
     if not isinstance(value, list):
         raise ValueError(f"choices are {value!r}; they must be a list")
     return tuple(map(str, value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from polyrank.data.source import DataError, unknown
+from polyrank.files import from_json
 
 _FORMATS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".npz": "npz", ".parquet": "parquet"}
 
@@ -112,7 +112,7 @@ def _array(path: Path, columns: list[str], text: list[str]) -> pa.Table:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = from_json(path.read_text(encoding="utf-8"))
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"entry {number} of its array is not an object")
@@ -124,7 +124,7 @@ def _first_keys(path: Path) -> list[str]:
         return list(next(iter(_rows(path)), {}))
     with path.open(encoding="utf-8") as lines:
         first = next((line for line in lines if line.strip()), "")
-    row = json.loads(first) if first else None
+    row = from_json(first) if first else None
     if not isinstance(row, dict):
         raise ValueError("its first line is not a JSON object (one object a line, or one array of them, is expected)")
     return list(row)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from polyrank.data.formats import read_table
 from polyrank.data.instructions import Fields, of_turns
 from polyrank.data.source import DataError, Dataset, Prompting, Source, Turn
 from polyrank.data.tables import Raw, read_raw, to_dataset, wanted_columns
-from polyrank.files import whole_folder, write_json
+from polyrank.files import from_json, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 _VERSION = 1
@@ -133,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read, and polyrank data --export would have written it: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 
 from polyrank.data.formats import column_names, kind_of, read_arrays, read_table, require_columns
 from polyrank.data.source import DataError, Dataset, Source, unknown
+from polyrank.files import from_json
 
 
 class Columns(NamedTuple):
@@ -175,7 +175,7 @@ def plain_column(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
 def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     """Class names that the `datasets` library left in a table's metadata, if it did."""
     note = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(note).get("info", {}).get("features", {}) if note else {}
+    features = from_json(note).get("info", {}).get("features", {}) if note else {}
     return (features.get(label) or {}).get("names")
 
 
@@ -184,7 +184,7 @@ def _read_classes(classes: Path | list[str] | None) -> list[str] | None:
         return classes
     path = Path(classes)
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"classes: {path} is not a readable JSON file: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import ssl
@@ -18,6 +17,7 @@ from polyrank.deploy import control, supervise
 from polyrank.deploy.certificates import expires
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Place, environment, nginx, program
 from polyrank.deploy.supervise import Service
+from polyrank.experiment import shapes
 from polyrank.files import write_json, write_text
 
 SUPERLINK, SUPEREXEC, GATEWAY = "superlink", "superexec", "gateway"
@@ -136,8 +136,8 @@ def remove(deployment: Deployment, name: str) -> None:
 
 def node_ids(deployment: Deployment) -> dict[str, str]:
     """Ids of the nodes that were registered, by name."""
-    path = _ids_file(deployment)
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    ids: dict[str, str] | None = shapes.read(_ids_file(deployment), dict[str, str])
+    return ids or {}
 
 
 def online(deployment: Deployment) -> dict[str, str]:

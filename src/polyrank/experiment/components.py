@@ -20,6 +20,7 @@ LARGEST = 2**31 - 1
 """Of whole numbers, but for seeds."""
 
 Count = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+Processes = Annotated[int, Field(ge=1, le=1024, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=2**53)]
 """As large as every reader of JSON keeps it."""
 

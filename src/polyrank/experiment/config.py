@@ -17,6 +17,7 @@ from polyrank.engines.exchange import Terms
 from polyrank.errors import InputError
 from polyrank.experiment.components import (
     Count,
+    Processes,
     Seed,
     Strict,
     bind,
@@ -32,7 +33,6 @@ from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS,
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
 _Rounds = Annotated[int, Field(ge=1, le=100_000, strict=True)]
-_Processes = Annotated[int, Field(ge=1, le=1024, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Regime = Literal["federated", "single", "local", "zero_shot"]
 
@@ -174,7 +174,7 @@ class SimulationConfig(Strict):
 
     cache: CacheMemory = "auto"
     together: Literal["auto", "off"] | Count = "auto"
-    workers: Literal["auto"] | _Processes = 1
+    workers: Literal["auto"] | Processes = 1
 
 
 def _settings(made: type, name: str) -> Any:
@@ -294,7 +294,7 @@ class Experiment(Strict):
     cohort: Count | None = None
     absent: Probability = 0.0
     device: str = "auto"
-    threads: _Processes | None = None
+    threads: Processes | None = None
     model: ModelConfig
     data: DataConfig  # type: ignore[valid-type]
     fleet: list[Group] = Field(min_length=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from polyrank.errors import InputError
+from polyrank.files import from_json
 
 AUTO = {
     "text": "AutoModelForSequenceClassification",
@@ -111,7 +111,7 @@ def reason_of(name: str, error: Exception) -> str:
         error: what it said, with all the model types that it does know.
     """
     try:
-        stated = json.loads((Path(name) / "config.json").read_text())
+        stated = from_json((Path(name) / "config.json").read_text())
         kind, code = stated.get("model_type"), stated.get("auto_map")
     except (OSError, ValueError, AttributeError):
         return first_line(error)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
+from polyrank.files import from_json
 from polyrank.local.patterns import check_patterns
 
 CONFIG = "adapter_config.json"
@@ -230,7 +231,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: has more than {MOST_BYTES:,} bytes, which no {path.name} needs")
     check_pointer(path, data)
     try:
-        value = json.loads(data.decode(), parse_constant=_constant, object_pairs_hook=_once)
+        value = from_json(data.decode(), parse_constant=_constant, object_pairs_hook=_once)
         json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
     except RecursionError:
         raise AdapterError(f"{path}: not JSON that can be read: it is nested too deep") from None
