@@ -114,6 +114,18 @@ def from_json(text: str | bytes, **options: Any) -> Any:
     return value
 
 
+def rows_of(text: str) -> list[Any]:
+    """The values of a JSON array, or of JSON lines; their texts can be written again.
+
+    Raises:
+        ValueError: if they are not JSON, or hold halves of characters.
+    """
+    array = text.lstrip().startswith("[")
+    rows = from_json(text) if array else [from_json(line) for line in text.splitlines() if line.strip()]
+    json.dumps(rows, ensure_ascii=False).encode()
+    return list(rows)
+
+
 def from_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
     """The value of a YAML text.
 

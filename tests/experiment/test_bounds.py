@@ -172,7 +172,7 @@ def test_options_have_bounds(arguments: list[str], part: str, tmp_path: Path, mo
     ("key", "value"),
     [
         ("clients", 0), ("wait", -1), ("wait", 1e300), ("deadline", 0), ("deadline", 1e300), ("quorum", 1.5),
-        ("quorum", -1), ("attempts", 0), ("oversample", -1), ("oversample", 1e300), ("poll", 0), ("poll", 1e300),
+        ("quorum", -1), ("attempts", 0), ("oversample", -1), ("oversample", 1e300), ("poll", -1), ("poll", 1e300),
     ],
 )  # fmt: skip
 def test_a_server_s_terms_have_bounds(key: str, value: float, digits_file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyrank.cli.app import Json, app, mistakes, out
-from polyrank.files import from_json
+from polyrank.errors import shortened
 
 if TYPE_CHECKING:
     from polyrank.data.source import Turn
@@ -60,15 +60,23 @@ def generate(
 
 def _turns(file: Path) -> list[Turn]:
     from polyrank.data.source import DataError, Turn
+    from polyrank.files import rows_of
 
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if file.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
-        return [Turn(line, "", "") for line in lines]
     try:
-        rows = [from_json(line) for line in lines]
-        return [Turn(row["instruction"], row.get("input") or "", "") for row in rows]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"--file: {file}: every line must be a JSON object with an instruction") from None
+        text = file.read_text(encoding="utf-8")
+        if file.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
+            return [Turn(line, "", "") for line in text.splitlines() if line.strip()]
+        rows = rows_of(text)
+    except ValueError as error:
+        raise DataError(f"--file: {file}: not text that can be read: {error}") from None
+    for number, row in enumerate(rows, 1):
+        given = [row.get("instruction"), row.get("input") or ""] if isinstance(row, dict) else [None]
+        if not all(isinstance(part, str) for part in given):
+            raise DataError(
+                f"--file: {file}: entry {number} is {shortened(row)}; it must be a JSON object whose instruction, and "
+                "input if there is one, are texts"
+            )
+    return [Turn(row["instruction"], row.get("input") or "", "") for row in rows]
 
 
 def choose(folder: Path, file: Path, options: list[str], best: bool, json_: bool) -> None:

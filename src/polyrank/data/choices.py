@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from polyrank.data.formats import kind_of, require_columns
 from polyrank.data.source import DataError
-from polyrank.files import from_json
+from polyrank.files import from_json, rows_of
 
 _FIRST = re.compile(r"(?:^|\s)A[.):]\s")
 
@@ -98,10 +98,8 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
         if kind == "csv":
             with path.open(newline="", encoding="utf-8") as file:
                 return list(csv.DictReader(file))
-        text = path.read_text(encoding="utf-8")
-        array = text.lstrip().startswith("[")
-        rows = from_json(text) if array else [from_json(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, pa.ArrowException) as error:
+        rows = rows_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable {kind} file: {error}") from None
     if kind == "npz" or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: must hold objects, an array of them or one a line")

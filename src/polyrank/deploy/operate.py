@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import ssl
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 
 from polyrank.deploy import control, supervise
-from polyrank.deploy.certificates import expires
+from polyrank.deploy.certificates import certificate, expires, trust
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Place, environment, nginx, program
 from polyrank.deploy.supervise import Service
 from polyrank.experiment import shapes
@@ -150,7 +149,7 @@ def status(deployment: Deployment) -> dict[str, Any]:
     """What runs, who is connected, and until when the certificate is valid."""
     from polyrank.deploy.follow import submitted
 
-    until = expires((deployment.folder / "server" / "server.crt").read_bytes())
+    until = expires(certificate(deployment.folder / "server" / "server.crt"))
     found: dict[str, Any] = {
         "processes": processes(deployment),
         "healthy": healthy(deployment, deployment.settings.superlink_port),
@@ -177,7 +176,7 @@ def down(place: Place) -> list[str]:
 
 def healthy(deployment: Deployment, port: int) -> bool:
     """Whether the server answers on a port, with a certificate of the deployment's authority."""
-    trusted = ssl.create_default_context(cafile=str(deployment.authority))
+    trusted = trust(deployment.authority)
     try:
         with httpx.Client(verify=trusted, trust_env=False, timeout=5) as client:
             return client.get(f"https://{LOOPBACK}:{port}/health").status_code == 200

@@ -58,7 +58,7 @@ class Terms:
     poll: float = 0.5
 
     def __post_init__(self) -> None:
-        least = {"clients": 1, "wait": 0, "deadline": 0.001, "quorum": 0, "attempts": 1, "oversample": 0, "poll": 0.001}
+        least = {"clients": 1, "wait": 0, "deadline": 0.001, "quorum": 0, "attempts": 1, "oversample": 0, "poll": 0}
         most = {"wait": _YEAR, "deadline": _YEAR, "quorum": 1, "oversample": 100, "poll": 3600}
         for name, low in least.items():
             value, high = getattr(self, name), most.get(name, math.inf)

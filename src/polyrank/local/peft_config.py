@@ -14,7 +14,7 @@ from typing import Any
 
 from polyrank.errors import InputError
 from polyrank.files import from_json
-from polyrank.local.patterns import check_patterns
+from polyrank.local.patterns import check_patterns, is_literal
 
 CONFIG = "adapter_config.json"
 MOST_BYTES = 2**22
@@ -183,6 +183,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             raise AdapterError(f"{path}: {key}: {error}; name modules, or parts of their names after a dot") from None
     return {**{key: value for key, value in config.items() if value is not None}, "peft_type": kind}
+
+
+def check_names(folder: Path) -> None:
+    """Refuses a config that names modules by anything but their names: PEFT hands the rest to `re`, which can hang.
+
+    Raises:
+        AdapterError: naming the key and the expression.
+    """
+    path, config = folder / CONFIG, read_config(folder)
+    matched = {key: list(config.get(key) or ()) for key in ("rank_pattern", "alpha_pattern")}
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key) or []
+        matched[key] = [value] if isinstance(value, str) else value if key == "layers_pattern" else []
+    for key, patterns in matched.items():
+        for pattern in patterns:
+            if not is_literal(pattern):
+                raise AdapterError(
+                    f"{path}: {key}: {_shown(pattern)} is a regular expression, for which PEFT may need endless time; "
+                    "name the modules themselves"
+                )
 
 
 def _check(path: Path, kind: str, key: str, value: Any) -> None:
