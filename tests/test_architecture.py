@@ -145,7 +145,15 @@ def pickle_violations(module: str, tree: ast.AST, imports: set[str]) -> list[str
 def reading_violations(module: str, tree: ast.AST) -> list[str]:
     """Ways in which a module could read what somebody else wrote without the bounds of `polyrank.files`."""
     calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & PARSERS
-    return [f"{module} uses {name}: use from_json or from_yaml" for name in sorted(calls) if module not in MAY_PARSE]
+    faults = [f"{module} uses {name}: use from_json or from_yaml" for name in sorted(calls) if module not in MAY_PARSE]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _called(node.func) in {"read_text", "write_text", "open"}:
+            whole = ast.unparse(node)
+            text = _called(node.func) != "open" or any(mode in whole for mode in ("'r'", "'w'", "'a'", "newline"))
+            ours = whole.startswith("write_text(")
+            if text and not ours and "encoding=" not in whole:
+                faults.append(f"{module}: {whole}: names no encoding, and that of the user's may be ASCII")
+    return faults
 
 
 def showing_violations(module: str, tree: ast.AST, imports: set[str]) -> list[str]:
@@ -334,7 +342,13 @@ def test_the_check_of_what_is_shown_sees(source: str) -> None:
     assert showing_violations("m", tree, imported("m", tree, set(), set())) != []
 
 
-@pytest.mark.parametrize("source", ["json.loads(x)", "json.load(f)", "list(map(json.loads, x))", "yaml.safe_load(x)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("json.loads(x)", "json.load(f)", "list(map(json.loads, x))", "yaml.safe_load(x)"),
+        *("path.read_text()", "path.write_text(x)", "open(path, 'a')", "path.open('r')"),
+    ],
+)
 def test_the_check_of_what_is_read_sees(source: str) -> None:
     assert reading_violations("m", ast.parse(source)) != []
 

@@ -38,7 +38,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def append_line(path: Path, text: str) -> None:
     """Adds a line to a file, and flushes it to disk."""
-    with named(path), open(path, "a") as file:
+    with named(path), open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())

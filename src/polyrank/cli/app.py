@@ -68,7 +68,9 @@ def _fault(error: Exception) -> int:
     if message is None:
         what = f"{FAULT}: {type(error).__name__}: {error}"
         try:
-            with tempfile.NamedTemporaryFile("w", prefix="polyrank-", suffix=".txt", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", prefix="polyrank-", suffix=".txt", delete=False
+            ) as file:
                 traceback.print_exception(error, file=file)
             message = f"{what}\nplease report it with {file.name}, which has the traceback"
         except OSError:

@@ -78,7 +78,7 @@ def _classes(given: Path | list[str] | None) -> int | None:
     if isinstance(given, list):
         return len(given)
     try:
-        return len(from_json(given.read_text())) if given is not None else None
+        return len(from_json(given.read_text(encoding="utf-8"))) if given is not None else None
     except (OSError, ValueError):
         return None  # loading the data will say what is wrong with it
 

@@ -78,7 +78,7 @@ def submit(deployment: Deployment, stored: Run) -> str:
     if re.search(r"[\"'\\\n]", folder):
         raise DeployError(f"{folder}: Flower cannot be told a path with quotes or backslashes")
     run_id = control.start_run(deployment, folder)
-    with open(_book(deployment), "a") as file:
+    with open(_book(deployment), "a", encoding="utf-8") as file:
         file.write(json.dumps({"id": run_id, "folder": folder}) + "\n")
     return run_id
 

@@ -92,7 +92,7 @@ def connected(node: Node, patience: float) -> str | None:
     """Waits for a node that `join` has started; returns the id Flower knows it by, or None if it is not connected."""
     log, deadline = node.logs / f"{SUPERNODE}.log", time.monotonic() + patience
     while True:
-        text = plain(log.read_text(errors="replace")) if log.is_file() else ""
+        text = plain(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else ""
         last = text.rpartition(f"] {SUPERNODE} starts\n")[2] if "[supervisor]" in text else ""
         last = last if last else text
         if found := _CONNECTED.search(last):

@@ -214,7 +214,7 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
         ConfigError: naming the file, the key, the value and what would be valid.
     """
     try:
-        raw = read_yaml(path.read_text())
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

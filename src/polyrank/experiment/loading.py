@@ -70,7 +70,7 @@ def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's mapping, laid over that of the file it ``extends``."""
     try:
-        raw = read_yaml(path.read_text())
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -111,7 +111,7 @@ def reason_of(name: str, error: Exception) -> str:
         error: what it said, with all the model types that it does know.
     """
     try:
-        stated = from_json((Path(name) / "config.json").read_text())
+        stated = from_json((Path(name) / "config.json").read_text(encoding="utf-8"))
         kind, code = stated.get("model_type"), stated.get("auto_map")
     except (OSError, ValueError, AttributeError):
         return first_line(error)

@@ -51,7 +51,11 @@ def _folder(base: str, revision: str) -> Path | None:
         cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
         repository = cache / f"models--{base.replace('/', '--')}"
         reference = repository / "refs" / revision
-        snapshot = repository / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+        snapshot = (
+            repository
+            / "snapshots"
+            / (reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision)
+        )
         return snapshot if snapshot.is_dir() else None
     except (OSError, ValueError):
         return None
