@@ -201,7 +201,7 @@ class Site:
 
     def _remember(self, **what: Any) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **what}
-        with open(self.path.with_name("history.jsonl"), "a") as file:
+        with open(self.path.with_name("history.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
