@@ -391,7 +391,6 @@ DEPLOY: tuple[Command, ...] = (
 PLAIN = (".json", ".jsonl", ".yaml", ".crt", ".pub", ".key")
 
 
-@pytest.mark.deploy
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + 2 * CASES))
 def test_federations(seed: int, federation: Path, here: Path) -> None:
     rng = Random(seed)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
+from transformers import BertConfig
 from typer.testing import CliRunner
 
 from polyrank.cli import app
@@ -179,3 +181,22 @@ def test_a_server_s_terms_have_bounds(key: str, value: float, digits_file: Path)
     message = refusal("plan", digits_file, "--set", f"deployment.{key}={value}")
     assert f"deployment.{key}: {value}" in message
     assert "must be" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 10**9), ("model_type", {}), ("model_type", 7), ("num_hidden_layers", HUGE)]
+)
+def test_a_model_s_config_has_bounds(key: str, value: Any, tmp_path: Path) -> None:
+    BertConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, num_hidden_layers=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    experiment = {
+        "rounds": 1,
+        "model": {"name": ".", "rank": 2},
+        "data": {"name": "files", "train": "a.csv", "test": "b.csv", "text": "text", "classes": ["x", "y"]},
+        "fleet": [{"rank": 2}],
+    }
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(experiment))
+    message = refusal("plan", tmp_path / "e.yaml")
+    assert "config.json" in message
+    assert key in message

@@ -191,7 +191,10 @@ def _read(path: Path, shape: Any) -> Any:
         value = from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DeployError(f"{path}: {_UNLIKE}: {error}") from None
-    check(shape, value, f"{path}: {_UNLIKE}")
+    try:
+        check(shape, value, f"{path}: {_UNLIKE}")
+    except InputError as error:
+        raise DeployError(str(error)) from None
     return value
 
 
