@@ -137,7 +137,7 @@ def test_commands_find_the_same_on_the_exported_adapter(finished: tuple[Path, di
     answers = printed("generate", folder, "--file", asked_of, "--tokens", 6)["answers"]
     assert [a["answer"] for a in answers] == [s["final"] for s in samples]
     for name, data, message in (
-        ("x.jsonl", b'{"prompt": "a"}', "every line must be a JSON object with an instruction"),
+        ("x.jsonl", b'{"prompt": "a"}', "row 1 is"),
         ("x.jsonl", "{}é".encode("latin-1"), "line 1 is not UTF-8"),
         ("x.txt", "é".encode("utf-16"), "its bytes look like UTF-16"),
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from polyrank.data.formats import check_columns, read_rows
 from polyrank.data.source import DataError
+from polyrank.files import from_json
 
 _FIRST = re.compile(r"(?:^|\s)A[.):]\s")
 
@@ -111,7 +111,7 @@ def _listed(value: Any) -> tuple[str, ...]:
     if isinstance(value, dict):  # as in ARC: {"text": [...], "label": [...]}
         value = value.get("text")
     if isinstance(value, str):  # of a CSV file
-        value = json.loads(value)
+        value = from_json(value)
     if not isinstance(value, list):
         raise ValueError(f"choices are {value!r}; they must be a list")
     return tuple(map(str, value))

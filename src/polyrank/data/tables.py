@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -183,7 +182,7 @@ def _encoded_images(table: pa.Table, names: list[str], where: str) -> list[bytes
 def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     """Class names that the `datasets` library left in a table's metadata, if it did."""
     note = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(note).get("info", {}).get("features", {}) if note else {}
+    features = from_json(note).get("info", {}).get("features", {}) if note else {}
     return (features.get(label) or {}).get("names")
 
 

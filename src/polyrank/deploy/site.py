@@ -26,8 +26,8 @@ from polyrank.engines.letters import decode_query, encode_profile, encode_scores
 from polyrank.engines.post import Kind
 from polyrank.engines.wire import LISTING, WireError, decode_task, digest, encode_update, opened
 from polyrank.errors import InputError
-from polyrank.experiment.components import Strict, entry_model, parameters, union_of
-from polyrank.experiment.config import ConfigError, Count, ModelConfig, PrivacyConfig, Resources
+from polyrank.experiment.components import Processes, Strict, entry_model, parameters, union_of
+from polyrank.experiment.config import ConfigError, ModelConfig, PrivacyConfig, Resources
 from polyrank.experiment.loading import anchored, load, located, read_yaml, validated
 from polyrank.experiment.machine import default_threads, pick_device
 from polyrank.experiment.models import Kind as DataKind
@@ -78,7 +78,7 @@ class SiteConfig(Resources):
     rehearse: Rehearsal | None = None
     privacy: PrivacyConfig = PrivacyConfig()
     device: str = "auto"
-    threads: Count | None = None
+    threads: Processes | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> SiteConfig:
@@ -201,7 +201,7 @@ class Site:
 
     def _remember(self, **what: Any) -> None:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **what}
-        with open(self.path.with_name("history.jsonl"), "a") as file:
+        with open(self.path.with_name("history.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

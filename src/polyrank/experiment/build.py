@@ -21,7 +21,7 @@ from polyrank.core.rng import stream
 from polyrank.core.types import Client, Query, ServerState
 from polyrank.data import CausalSplit, warn_of_silent
 from polyrank.engines.audit import Audit
-from polyrank.engines.exchange import Remote, Terms
+from polyrank.engines.exchange import Remote
 from polyrank.engines.post import Post
 from polyrank.engines.simulator import Simulator
 from polyrank.engines.watched import Watched
@@ -185,7 +185,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
             raise ConfigError("data.importance: missing; the server keeps no examples to measure importance on")
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
-    terms = Terms(**experiment.deployment.model_dump())
+    terms = experiment.terms()
     return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret))
 
 

@@ -16,6 +16,9 @@ from polyrank.core.types import LocalTraining
 from polyrank.engines.exchange import Terms
 from polyrank.errors import InputError
 from polyrank.experiment.components import (
+    Count,
+    Processes,
+    Seed,
     Strict,
     bind,
     describe,
@@ -29,7 +32,7 @@ from polyrank.experiment.questions import ChoicesConfig, GenerateConfig
 from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS, SLOTS
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+_Rounds = Annotated[int, Field(ge=1, le=100_000, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Regime = Literal["federated", "single", "local", "zero_shot"]
 
@@ -174,7 +177,7 @@ class SimulationConfig(Strict):
 
     cache: CacheMemory = "auto"
     together: Literal["auto", "off"] | Count = "auto"
-    workers: Literal["auto"] | Count = 1
+    workers: Literal["auto"] | Processes = 1
 
 
 def _settings(made: type, name: str) -> Any:
@@ -215,7 +218,7 @@ class StudyConfig(Strict):
     """
 
     methods: list[str | Contender] = Field(default_factory=list)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    seeds: list[Seed] = Field(default_factory=list)
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
 
@@ -289,12 +292,12 @@ class Experiment(Strict):
         expected: the figure to reach, checked by tests.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 0
-    rounds: Count
+    seed: Seed = 0
+    rounds: _Rounds
     cohort: Count | None = None
     absent: Probability = 0.0
     device: str = "auto"
-    threads: Count | None = None
+    threads: Processes | None = None
     model: ModelConfig
     data: DataConfig  # type: ignore[valid-type]
     fleet: list[Group] = Field(min_length=1)
@@ -322,6 +325,7 @@ class Experiment(Strict):
         protection = self.protection()
         check_privacy(protection, self.build_method(), self.local_training())
         self.gate()
+        self.terms()
         if self.trust.norm is not None and protection.on_server is not None:
             raise ValueError("trust.norm: not with privacy.clients: what one client sends would decide who else counts")
         return self
@@ -334,6 +338,10 @@ class Experiment(Strict):
     def local_training(self) -> LocalTraining:
         """The settings of a client's round."""
         return LocalTraining(**self.local.model_dump())
+
+    def terms(self) -> Terms:
+        """How a server waits for its clients."""
+        return Terms(**self.deployment.model_dump())
 
     def gate(self) -> Gate:
         """What an update must satisfy; where anything is protected, noise reaches where no optimizer does."""

@@ -125,7 +125,7 @@ def calibration(experiment: Experiment) -> Calibration:
     path, found = experiment.costs.calibration, Calibration()
     if path is not None:
         try:
-            read = CalibrationFile.model_validate_json(path.read_text())
+            read = CalibrationFile.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
             raise ConfigError(f"costs.calibration: {path}: not a calibration of `polyrank profile`: {error}") from None
         found = Calibration(read.overhead, read.scale, read.constant, read.per_rank)

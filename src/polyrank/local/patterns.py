@@ -73,6 +73,11 @@ def as_pattern(name: str) -> str:
     return name if _is_plain(name) else re.escape(name)
 
 
+def is_literal(pattern: str) -> bool:
+    """Whether a pattern is a name, as `as_pattern` writes it: characters that stand for themselves, or for any one."""
+    return re.fullmatch(r"([\w.\-]|\\[^0-9A-Za-z])+", pattern) is not None
+
+
 def _is_plain(pattern: str) -> bool:
     return re.fullmatch(r"[\w.\-]+", pattern) is not None
 

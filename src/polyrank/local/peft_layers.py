@@ -16,6 +16,7 @@ from polyrank.core.lowrank import Adapter, zeros
 from polyrank.local.adapters import write_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base
+from polyrank.local.peft_config import check_names
 from polyrank.local.pretrained import ModelError, quiet
 
 _SHOWN = 9
@@ -30,8 +31,10 @@ def loaded(base: Base, folder: Path, adapter: Adapter) -> Callable[[Batch], Tens
         adapter: what the folder holds.
 
     Raises:
+        AdapterError: if its config names modules by regular expressions, which PEFT would match in unbounded time.
         ModelError: if PEFT cannot load it, or loses layers of it.
     """
+    check_names(folder)
     try:
         model = _peft(base, folder)
     except Exception as error:  # whatever a library makes of a folder
