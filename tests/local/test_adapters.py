@@ -339,6 +339,21 @@ def test_a_pattern_cannot_take_long(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
+def test_neither_can_many_patterns(tmp_path: Path) -> None:
+    layers = {f"layer{number}.{'a' * 100}": LowRank(torch.ones(1, 4), torch.ones(3, 1), 1.0) for number in range(20)}
+    write_adapter(tmp_path, Adapter(layers), AdapterInfo("tiny"))
+    many = {f"{number}(a+)+" + "a?" * 90 + "b": 1 for number in range(40)}
+    begun = time.process_time()
+    set_config(tmp_path, rank_pattern=dict(list(many.items())[:32]))
+    read_adapter(tmp_path)
+    assert time.process_time() - begun < 5
+    names = {f"name{number}": 1 for number in range(10_001)}
+    for patterns_, message in ((many, "40 regular expressions, more than 32"), (names, "10001 names, more than 10000")):
+        set_config(tmp_path, rank_pattern=patterns_)
+        with pytest.raises(AdapterError, match=message):
+            read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize(
     "pattern", ["(?=a)", "(?i)a", r"(a)\1", r"\b", "(", "[", "a**", "a)(b", "(" * 9 + ")" * 9, "+" * 2000]
 )
