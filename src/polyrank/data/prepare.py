@@ -113,6 +113,9 @@ def prepare_text(
             becomes one padding token, so that no row of a batch is empty.
         pad_id: the padding token.
         fingerprint: says all that decides what `encode` returns (tokenizer, its files, largest length).
+
+    Raises:
+        DataError: if the tokens of a text tell no more than its length.
     """
     path = cache_path(source.inputs, "text", fingerprint, pad_id, suffix=".npz")
     ready = read_arrays_of(path, len(source), "ids", "offsets") if path else None
@@ -121,6 +124,7 @@ def prepare_text(
         if path:
             with replacing(path) as temporary:
                 np.savez(temporary, ids=ready[0], offsets=ready[1])
+    _check_tokens(source.inputs, *ready)
     return TextSplit(ready[0], ready[1], source.labels, pad_id)
 
 
@@ -201,6 +205,22 @@ def _tokenise(
         lengths.extend(map(len, rows))
         pieces.append(np.fromiter((token for row in rows for token in row), np.int32))
     return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _check_tokens(texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
+    """Refuses tokens that tell texts apart by their length alone, as those of words that a tokenizer does not know do.
+
+    The longest rows are left out: they may be cut off.
+    """
+    lengths = np.diff(offsets[: _TEXTS_AT_ONCE + 1])
+    whole = np.flatnonzero(lengths < lengths.max(initial=0))
+    different = len({texts[row] for row in whole.tolist()})
+    rows = len({ids[offsets[row] : offsets[row + 1]].tobytes() for row in whole.tolist()})
+    if different >= 10 and rows <= different / 2 and rows == len(set(lengths[whole].tolist())):
+        raise DataError(
+            f"the tokenizer makes the same tokens of all texts of a length, {rows} different rows of {different} different"
+            " texts: it does not know their words. Is it the model's, and is the model one of this language?"
+        )
 
 
 def _decode(source: Source, pixels: np.ndarray) -> None:
