@@ -218,8 +218,8 @@ def _check_tokens(texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> Non
     rows = len({ids[offsets[row] : offsets[row + 1]].tobytes() for row in whole.tolist()})
     if different >= 10 and rows <= different / 2 and rows == len(set(lengths[whole].tolist())):
         raise DataError(
-            f"the tokenizer makes the same tokens of all texts of a length, {rows} different rows of {different} different"
-            " texts: it does not know their words. Is it the model's, and is the model one of this language?"
+            f"the tokenizer makes the same tokens of all texts of a length, {rows} different rows of {different}"
+            " different texts: it does not know their words. Is it the model's, and does the model know this language?"
         )
 
 
