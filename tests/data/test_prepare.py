@@ -213,5 +213,7 @@ def test_a_tokenizer_that_does_not_know_the_words_is_refused():
 
     with pytest.raises(DataError, match="4 different rows of 32 different texts: it does not know"):
         prepare_text(Source(texts, labels), unknown, 0, "unknown")
+    with pytest.raises(DataError, match="1 different rows of 40 different texts"):
+        prepare_text(Source(texts, labels), lambda rows: [[] for _ in rows], 0, "empty")
     cut = prepare_text(Source(texts, labels), lambda rows: [[5, 6] for _ in rows], 0, "cut")  # all of one length
     assert len(cut) == 40
