@@ -24,7 +24,20 @@ MAY_IMPORT = {
     "experiment": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment"},
     "report": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment", "report"},
     "": {"core", "methods", "data", "local", "engines", "experiment"},
-    "deploy": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment", "report", "deploy"},
+    "deploy": {
+        "",
+        "core",
+        "methods",
+        "errors",
+        "files",
+        "text",
+        "data",
+        "local",
+        "engines",
+        "experiment",
+        "report",
+        "deploy",
+    },
     "__main__": {"cli"},
 }
 MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from polyrank.core.privacy import Privacy
 from polyrank.core.types import LocalTraining, Task
-from polyrank.engines.wire import BROKEN, WireError, local_of, shown
+from polyrank.engines.wire import BROKEN, WireError, local_of, privacy_of, shown
 from polyrank.text import one_line
 
 _MOST = 2**53
@@ -87,6 +87,6 @@ def announcement_of(plain: Any) -> Announcement:
         for key, least in (("rounds", 1), ("nbytes", 0)):
             if type(plain[key]) is not int or not least <= plain[key] <= _MOST:
                 raise WireError(f"run: {key}: {shown(plain[key])} is not a whole number from {least}")
-        return Announcement(**{**plain, "local": local_of(plain["local"]), "privacy": Privacy.of(plain["privacy"])})
+        return Announcement(**{**plain, "local": local_of(plain["local"]), "privacy": privacy_of(plain["privacy"])})
     except BROKEN as error:
         raise WireError(f"not an announcement: {one_line(str(error), 300)}") from None

@@ -13,13 +13,13 @@ Event = Literal["joined", "received", "accepted", "refused", "declined", "late",
 
 
 class Journal:
-    """An append-only file of JSON objects, one a line, each with its ``time`` (UTC); on disk before `append` returns."""
+    """An append-only file of JSON objects, one a line, each with its ``time`` (UTC)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, **what: Any) -> None:
-        """Appends a line."""
+        """Appends a line, and flushes it to disk."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **what}
         with open(self.path, "ab") as file:
             if file.tell() and not self._ends_whole():

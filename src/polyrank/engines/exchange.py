@@ -220,6 +220,10 @@ class Remote:
                 answers[client] = decode_scores(blob, asked[client], state.adapter, client)
             except WireError as error:
                 self._refuse(state.round, client, blob, str(error))
+        if not answers:
+            raise TooFewError(
+                f"round {state.round}: no client has measured importance; {self.audit.path} says what became of them"
+            )
         total: dict[str, float] = {}
         weight = 0
         for client in sorted(answers):

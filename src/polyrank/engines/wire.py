@@ -157,7 +157,7 @@ def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
         if not isinstance(header["client"], str):
             raise WireError(f"client: {shown(header['client'])} is not a name")
         round_, seed = _count(header["round"]), _count(header["seed"])
-        privacy = Privacy.of(header["privacy"])
+        privacy = privacy_of(header["privacy"])
         return Task(round_, adapter, frozen, header["factors"], local, penalty, seed, privacy), header
     except BROKEN as error:
         raise WireError(f"not a task: {str(error)[:300]}") from None
@@ -174,6 +174,22 @@ def local_of(plain: Mapping[str, Any]) -> LocalTraining:
         if (type(count) is not int or not 1 <= count <= _MOST_EXAMPLES) and (name, count) != ("steps", None):
             raise WireError(f"local.{name}: {shown(count)} is not a whole number from 1 to 2^53")
     return LocalTraining(**plain)
+
+
+def privacy_of(plain: Mapping[str, Any]) -> Privacy:
+    """What is protected, as a message says it.
+
+    Raises:
+        WireError: if a number is none; others of `BROKEN` for what is no such mapping.
+    """
+    sections = {kind: plain[kind] and dict(plain[kind]) for kind in ("clients", "examples")}
+    for kind, section in sections.items():
+        if section is not None:
+            numbers = ("clip", "noise", "delta")
+            section |= {key: _number(section[key], f"privacy.{kind}.{key}") for key in numbers}
+            if section.get("where", "client") not in ("central", "client"):
+                raise WireError(f"privacy.{kind}.where: {shown(section['where'])} is none of central, client")
+    return Privacy.of(sections)
 
 
 def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "float32") -> bytes:
