@@ -162,13 +162,13 @@ def check_budget(entries: Sequence[Entry], run: str, budget: BudgetConfig) -> No
         RefusalError: naming the limit.
     """
     own = [entry for entry in entries if entry.run == run]
-    for what, among, most in (
-        ("budget.run: of this run", own, budget.epsilon if budget.run is None else budget.run),
-        ("budget.epsilon: in all", entries, budget.epsilon),
+    for key, among, what, most in (
+        ("epsilon", entries, "in all", budget.epsilon),
+        ("run", own, "in a run", budget.run),
     ):
-        total = spent(among, budget.unit, budget.delta)
-        if not total <= most:
-            raise RefusalError(f"{what} this site allows an epsilon of {most:g}, and this answer would make it {total:.4g}")
+        if most is not None and not (total := spent(among, budget.unit, budget.delta)) <= most:
+            due = f"this site allows an epsilon of {most:g} {what}"
+            raise RefusalError(f"budget.{key}: {due}, and this answer would make it {total:.4g}")
 
 
 def _entry(plain: dict[str, Any]) -> Entry:
