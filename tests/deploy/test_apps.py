@@ -157,6 +157,21 @@ def test_a_client_protects_what_it_sends(tmp_path: Path, config: Config) -> None
         assert not theirs["refused"]
 
 
+def test_a_run_goes_on_without_a_site_that_does_not_agree(tmp_path: Path, config: Config) -> None:
+    fewer = {**config, "deployment": {"clients": 2, "poll": 0}, "method": {"name": "fedit"}}
+    sites = sites_of(tmp_path / "sites", fewer, NAMES)
+    sites["client_1"].write_text(sites["client_1"].read_text() + "approve: ask\n")
+    run = deployed(tmp_path / "deployed", fewer, InProcessGrid(sites))
+    for record in run.records():
+        assert sorted(record["bytes_up"]) == ["client_0", "client_2"]
+    declined = [line for line in Audit(run.folder / "audit.jsonl").lines() if line["event"] == "declined"]
+    assert [line["client"] for line in declined] == ["client_1"]
+    assert declined[0]["reason"] == "this site's operator has not approved the run yet: approve: ask"
+    (known,) = Site(sites["client_1"]).consent.known().values()
+    assert (known.run.name, known.run.rounds, known.run.method) == ("deployed", 2, "fedit")
+    assert "@" in known.run.by
+
+
 def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config) -> None:
     bigger = {**config, "model": {**config["model"], "targets": "attention+mlp", "rank": 16}}
     bigger["fleet"] = [{"share": 1 / 3, "rank": rank} for rank in (4, 8, 16)]

@@ -22,7 +22,6 @@ from polyrank.core.privacy import Privacy
 from polyrank.core.types import LocalTraining, Task, Update
 from polyrank.deploy.consent import Consent, Known
 from polyrank.deploy.holdings import holdings_of, loaded
-from polyrank.deploy.keeper import SiteError
 from polyrank.deploy.ledger import NOTHING, Entry, PrivacyLedger, Protection, check_budget, protection_of, spent
 from polyrank.deploy.policy import BudgetConfig, RefusalError, check_cost, check_limits, check_protection, time_limit
 from polyrank.deploy.site_file import read_site
@@ -65,7 +64,7 @@ class Site:
         ledger = BudgetConfig.model_fields["ledger"].default if config.budget is None else config.budget.ledger
         self.ledger = PrivacyLedger(folder / ledger)
         self._ready: dict[str, tuple[Base, Split]] = {}
-        self._refusal = ""
+        self._refusal: tuple[Kind, dict[str, str]] | None = None
 
     @property
     def examples(self) -> int:
@@ -78,20 +77,17 @@ class Site:
         Raises:
             InputError: if what is asked does not go with what the site has.
             WireError: if the message is not what it should be.
-            SiteError: in place of both, without their words, where answers must hide something of the data.
         """
         try:
             return {"profile": self._profile, "fit": self._fit, "measure": self._measure}[kind](blob)
         except RefusalError as refusal:
-            if self._refusal != (reason := f"{kind}: {refusal}"):  # a server asks again and again
-                self.history.append(question=kind, refused=str(refusal))
-                self._refusal = reason
+            self._note(kind, refused=str(refusal))
             return encode_refusal(str(refusal), blob)
         except Exception as error:
-            self.history.append(question=kind, failed=f"{type(error).__name__}: {error}"[:1000])
-            if self.config.guarded:  # what fails may depend on the data
-                raise SiteError("the site cannot answer this; its history.jsonl says why") from None
-            raise
+            self._note(kind, failed=f"{type(error).__name__}: {error}"[:1000])
+            if not self.config.guarded:
+                raise
+            return encode_refusal("this site cannot answer; its history.jsonl says why", blob)  # that may tell of data
 
     def _profile(self, blob: bytes) -> bytes:
         header, _ = opened(blob, "hello", LISTING)
@@ -244,8 +240,14 @@ class Site:
         about = {"method": run.method, "rounds": run.rounds, "protection": _named(run.privacy), "epsilon": epsilon}
         self._remember("announcement", run, state=known.state, why=known.why, **about)
 
+    def _note(self, question: Kind, **reason: str) -> None:
+        """Notes what is not answered; a server that asks the same again and again is noted once."""
+        if self._refusal != (question, reason):
+            self.history.append(question=question, **reason)
+            self._refusal = question, reason
+
     def _remember(self, question: str, run: Announcement, **what: Any) -> None:
-        self._refusal = ""
+        self._refusal = None
         self.history.append(question=question, run=run.id, name=run.name, by=run.by, **what)
 
 

@@ -45,6 +45,8 @@ _LARGEST = sys.float_info.max
 
 _METRICS = {"loss": 1e9, "steps": 2.0**53, "seconds": 1e9, "memory": 2.0**53}
 """What a client may say of its training, and the most that it can be: 30 years, for example, and 8 PiB."""
+_MOST_ERROR = 1e9
+"""The most that an encoding can lose, relative to what it carries."""
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading values that may be anything can raise."""
@@ -264,7 +266,9 @@ def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, floa
     if not CODECS[sent.reply].exact or sent.read is not task:
         found = [x + y.flatten() for x, y in zip(found, values, strict=True)]
     adapter = _replaced(start, task.factors, found)
-    return Update(client, adapter, examples, task.factors, metrics), _number(header.get("error", 0.0), "error")
+    return Update(client, adapter, examples, task.factors, metrics), _number(
+        header.get("error", 0.0), "error", most=_MOST_ERROR
+    )
 
 
 def _ranks(task: Task, stated: Any) -> list[int]:
