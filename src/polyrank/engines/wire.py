@@ -266,9 +266,8 @@ def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, floa
     if not CODECS[sent.reply].exact or sent.read is not task:
         found = [x + y.flatten() for x, y in zip(found, values, strict=True)]
     adapter = _replaced(start, task.factors, found)
-    return Update(client, adapter, examples, task.factors, metrics), _number(
-        header.get("error", 0.0), "error", most=_MOST_ERROR
-    )
+    lost = _number(header.get("error", 0.0), "error", most=_MOST_ERROR)
+    return Update(client, adapter, examples, task.factors, metrics), lost
 
 
 def _ranks(task: Task, stated: Any) -> list[int]:
