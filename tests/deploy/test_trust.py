@@ -23,7 +23,7 @@ from polyrank.deploy.ledger import Entry, PrivacyLedger, Protection
 from polyrank.deploy.site import Site
 from polyrank.engines.letters import decode_scores, refusal_of
 from polyrank.engines.wire import digest, opened
-from polyrank.errors import InputError
+from polyrank.errors import InputError, TrainingError
 from polyrank.local.dp import Part
 
 EXAMPLES = 6
@@ -118,6 +118,7 @@ def test_what_is_answered_without_protection_is_counted(tmp_path: Path, adapter:
         (LocalTraining(steps=2**53), 2.0, "limits.steps: this site allows 100000 in a task"),
         (LocalTraining(steps=1, batch=2**53), 0.1, "budget.epsilon: this site allows an epsilon of 8 in all"),
         (LocalTraining(steps=1), 1e-12, "budget.epsilon"),
+        (LocalTraining(steps=1), 1e-320, "budget.epsilon"),
     ],
 )
 def test_noise_alone_is_no_epsilon(
@@ -156,10 +157,14 @@ def test_failures_tell_a_server_nothing(tmp_path: Path, adapter: Adapter) -> Non
     assert refused(site, "profile", probe.hello()) == "this site cannot answer; its history.jsonl says why"
     assert "classes 3 are none of the server's" in list(site.history.lines())[-1]["failed"]
 
-    bias = next(name for name in adapter.dense if name.endswith("bias"))
-    huge = Adapter(adapter.layers, {**adapter.dense, bias: torch.full((10,), 3e38)})
+    # A head whose logits overflow: every loss is NaN, and so is what is trained on it.
+    weight = next(name for name in adapter.dense if name.endswith("weight"))
+    huge = Adapter(adapter.layers, {**adapter.dense, weight: 3e38 * adapter.dense[weight].sign()})
+    honest = Site(write(tmp_path / "c"))
+    with pytest.raises(TrainingError, match="loss is nan"):
+        honest.answer("fit", joined(honest, Asker()).task(huge))
     asker = joined(site, Asker(privacy=NOISY))
-    assert _kind(site.answer("fit", asker.task(huge))) == "update"  # every loss is NaN, so every gradient counts as 0
+    assert _kind(site.answer("fit", asker.task(huge))) == "update"
     own = Privacy(ClientPrivacy(clip=1.0, noise=4.0, where="client"))
     other = Site(write(tmp_path / "b", privacy={"clients": {"clip": 1.0, "noise": 4.0, "where": "client"}}))
     asker = joined(other, Asker(privacy=own))

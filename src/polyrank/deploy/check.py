@@ -12,7 +12,6 @@ from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
 from polyrank.core.rng import stream
 from polyrank.core.types import LocalTraining, Task
 from polyrank.deploy.ledger import spent
-from polyrank.deploy.policy import BudgetConfig
 from polyrank.deploy.site import Site, cost_text
 from polyrank.deploy.site_file import SiteConfig
 from polyrank.errors import InputError
@@ -100,10 +99,12 @@ def _budget(site: Site) -> str:
     before = {entry.data for entry in entries} - {site.fingerprint}
     changed = "; data that were answered from before are not these, and count as well" if before else ""
     if budget is None:
-        told = cost_text(spent(entries, "examples", BudgetConfig.model_fields["delta"].default)) if entries else "none"
+        told = cost_text(site.spent()) if entries else "none"
         return f"none: what the answers tell together is not bounded (so far: {told}){changed}"
     total = spent(entries, budget.unit, budget.delta)
     run = "" if budget.run is None else f", {budget.run:g} in a run"
+    if budget.delta > 1 / site.examples:
+        changed += f"; delta is more than one over {site.examples:,} examples: choose a smaller one"
     now = (
         "no bound holds any more: answers were given without protection" if math.isinf(total) else f"{total:.4g} spent"
     )

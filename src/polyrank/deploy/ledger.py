@@ -22,6 +22,9 @@ from polyrank.errors import InputError, shortened
 from polyrank.local.dp import Part, epsilon
 from polyrank.local.dpsgd import rate, steps
 
+_LEAST_NOISE = 1e-6
+"""A multiplier below which nothing is hidden: one step costs an epsilon of 10^12."""
+
 
 @dataclass(frozen=True)
 class Protection:
@@ -47,11 +50,17 @@ NOTHING = Protection()
 
 def protection_of(privacy: Privacy, local: LocalTraining, examples: int) -> Protection:
     """What stands between data of so many examples and one round's update."""
-    clients = privacy.on_client and Part(privacy.on_client.multiplier, 1.0, 1)
-    if privacy.examples is None:
-        return Protection(None, clients)
     sampled = rate(local, examples) if examples else 1.0
-    return Protection(Part(privacy.examples.noise, sampled, steps(local, examples)), clients)
+    own, client = privacy.examples, privacy.on_client
+    return Protection(
+        None if own is None else _mechanism(own.noise, sampled, steps(local, examples)),
+        None if client is None else _mechanism(client.multiplier, 1.0, 1),
+    )
+
+
+def _mechanism(multiplier: float, sampled: float, count: int) -> Part | None:
+    """Steps of a mechanism; nothing where its noise is too little for accountants to compute with."""
+    return Part(multiplier, sampled, count) if multiplier >= _LEAST_NOISE else None
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Site:
             run,
             round=task.round,
             protection=_named(task.privacy),
-            epsilon=self.spent(task.privacy),
+            epsilon=_finite(self.spent(task.privacy)),
             sent=digest(reply),
             bytes=len(reply),
             examples=update.examples,
@@ -163,9 +163,8 @@ class Site:
         return self._epsilon([entry], run.privacy)
 
     def spent(self, privacy: Privacy | None = None) -> float | None:
-        """Epsilon of all that was ever answered; None where it has no bound, or no accountant is installed."""
-        total = self._epsilon(self.ledger.entries(), privacy or Privacy())
-        return total if total is not None and math.isfinite(total) else None
+        """Epsilon of all that was ever answered, as `cost` has it."""
+        return self._epsilon(self.ledger.entries(), privacy or Privacy())
 
     @property
     def _hides_size(self) -> bool:
@@ -236,9 +235,9 @@ class Site:
             *(run.id, run.name or "without a name", run.by, run.rounds, run.method),
             *(json.dumps(_named(run.privacy)), cost, known.state, known.why),
         )
-        epsilon = known.epsilon if known.epsilon is not None and math.isfinite(known.epsilon) else None
-        about = {"method": run.method, "rounds": run.rounds, "protection": _named(run.privacy), "epsilon": epsilon}
-        self._remember("announcement", run, state=known.state, why=known.why, **about)
+        about = {"method": run.method, "rounds": run.rounds, "protection": _named(run.privacy)}
+        decision = {"state": known.state, "why": known.why}
+        self._remember("announcement", run, **about, epsilon=_finite(known.epsilon), **decision)
 
     def _note(self, question: Kind, **reason: str) -> None:
         """Notes what is not answered; a server that asks the same again and again is noted once."""
@@ -256,6 +255,11 @@ def cost_text(epsilon: float | None) -> str:
     if epsilon is None:
         return "epsilon is not counted here: Opacus is not installed"
     return "nothing bounds what they tell" if math.isinf(epsilon) else f"epsilon {epsilon:.4g}"
+
+
+def _finite(epsilon: float | None) -> float | None:
+    """As JSON has it: nothing where nothing bounds it."""
+    return epsilon if epsilon is not None and math.isfinite(epsilon) else None
 
 
 def _named(privacy: Privacy) -> dict[str, Any] | str:
