@@ -19,7 +19,7 @@ from asking import DIGITS, Asker
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.privacy import ClientPrivacy, ExamplePrivacy, Privacy
 from polyrank.core.types import LocalTraining, ServerState, TailPenalty
-from polyrank.deploy.ledger import Entry, PrivacyLedger, Protection
+from polyrank.deploy.ledger import Entry, PrivacyLedger, Protection, protection_of, spent
 from polyrank.deploy.site import Site
 from polyrank.engines.letters import decode_scores, refusal_of
 from polyrank.engines.wire import digest, opened
@@ -227,6 +227,17 @@ def test_the_independent_accountant_knows_the_gaussian_mechanism() -> None:
     assert divergence(2.0, 1.0, 5.0) == pytest.approx(5 / 8, rel=1e-9)
     # (1 - q)^2 + 2 q (1 - q) + q^2 exp(1 / s^2), of order 2
     assert divergence(1.0, 0.5, 2.0) == pytest.approx(math.log(0.75 + 0.25 * math.e), rel=1e-9)
+
+
+@pytest.mark.parametrize("noise", [1e20, 1e308])
+def test_no_answer_gives_anything_back(noise: float) -> None:
+    """What an accountant computes of much noise is rounding, which summed over many steps may be less than nothing."""
+    before = Entry("data", "run", "fit", Protection(Part(2.0, 1.0, 1)))
+    local = LocalTraining(steps=2**53, batch=EXAMPLES // 2)
+    after = Entry(
+        "data", "run", "fit", protection_of(Privacy(examples=ExamplePrivacy(1.0, noise)), local, EXAMPLES), 2**20
+    )
+    assert 0 < spent([before], "examples", 1e-5) <= spent([before, after], "examples", 1e-5)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

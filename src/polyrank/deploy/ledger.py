@@ -25,6 +25,9 @@ from polyrank.local.dpsgd import rate, steps
 _LEAST_NOISE = 1e-6
 """A multiplier below which nothing is hidden: one step costs an epsilon of 10^12."""
 
+_MOST_NOISE = 1e3
+"""A multiplier beyond which accountants have nothing left but rounding, which may be below 0."""
+
 
 @dataclass(frozen=True)
 class Protection:
@@ -59,8 +62,8 @@ def protection_of(privacy: Privacy, local: LocalTraining, examples: int) -> Prot
 
 
 def _mechanism(multiplier: float, sampled: float, count: int) -> Part | None:
-    """Steps of a mechanism; nothing where its noise is too little for accountants to compute with."""
-    return Part(multiplier, sampled, count) if multiplier >= _LEAST_NOISE else None
+    """Steps of a mechanism; none where its noise hides nothing, and with less noise than it has where that is much."""
+    return Part(min(multiplier, _MOST_NOISE), sampled, count) if multiplier >= _LEAST_NOISE else None
 
 
 @dataclass(frozen=True)
