@@ -162,10 +162,16 @@ def test_an_operator_decides_by_the_command_line(tmp_path: Path) -> None:
     assert call("site", "resume", tmp_path).exit_code == 0
     assert site.consent.paused is None
     asked = json.loads(call("site", "log", tmp_path, "--json").stdout)
+    assert {line["run"] for line in asked} == {asker.run.id}
     assert [line["question"] for line in asked] == ["announcement", "profile", "profile", "profile"]
     shown = " ".join(call("site", "log", tmp_path).stdout.split())
     assert "this site is paused: a holiday" in shown
-    for arguments in (("approve", tmp_path, "zz"), ("log", tmp_path / "none"), ("runs", tmp_path / "none")):
+    for arguments in (
+        ("approve", tmp_path, "zz"),
+        ("approve", tmp_path, ""),
+        ("log", tmp_path / "none"),
+        ("runs", tmp_path / "none"),
+    ):
         result = call("site", *arguments)
         assert result.exit_code == 2, arguments
         assert result.stderr.startswith("error: ")

@@ -44,7 +44,7 @@ def runs(folder: Place, json_: Json = False) -> None:
         for id_, each in known.items():
             run, cost = each.run, cost_text(each.epsilon)
             out.say(f"{id_}  {each.state} ({each.why})")
-            asked = f"{run.rounds} rounds of {run.method}, {run.nbytes:,} bytes a round each way"
+            asked = f"{run.rounds} rounds of {run.method}, {run.nbytes:,} bytes a round each way at most"
             out.say(f"  {run.name or 'without a name'}: {run.by} asks for {asked}; {cost}")
         if paused is not None:
             out.say(f"paused: {paused}; `polyrank site resume {folder}`")

@@ -88,7 +88,7 @@ class Consent:
         """
         with self.document.change() as plain:
             ids = [id_ for id_ in plain.get("runs", {}) if id_.startswith(word)]
-            if len(ids) != 1:
+            if len(ids) != 1 or not word:
                 there = ", ".join(plain.get("runs", {})) or "none yet"
                 raise InputError(f"run {word!r}: {len(ids)} runs begin so; there are: {there}")
             plain["runs"][ids[0]] |= {"state": state, "why": why}

@@ -37,6 +37,7 @@ from polyrank.files import write_bytes
 from polyrank.local.base import Base
 from polyrank.local.importance import measured
 from polyrank.local.trainer import train
+from polyrank.text import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class Site:
         ledger = BudgetConfig.model_fields["ledger"].default if config.budget is None else config.budget.ledger
         self.ledger = PrivacyLedger(folder / ledger)
         self._ready: dict[str, tuple[Base, Split]] = {}
-        self._refusal: tuple[Kind, dict[str, str]] | None = None
+        self._asker: dict[str, str] = {}
+        self._refusal: dict[str, str] = {}
 
     @property
     def examples(self) -> int:
@@ -78,6 +80,7 @@ class Site:
             InputError: if what is asked does not go with what the site has.
             WireError: if the message is not what it should be.
         """
+        self._asker = {}
         try:
             return {"profile": self._profile, "fit": self._fit, "measure": self._measure}[kind](blob)
         except RefusalError as refusal:
@@ -92,6 +95,7 @@ class Site:
     def _profile(self, blob: bytes) -> bytes:
         header, _ = opened(blob, "hello", LISTING)
         run = announcement_of(header.get("run"))
+        self._asker = {"run": run.id, "name": run.name, "by": run.by}
         self._check_model(run, header)
         if (known := self.consent.meet(run, self.cost(run))) is not None:
             self._show(known)
@@ -108,7 +112,7 @@ class Site:
     def _fit(self, blob: bytes) -> bytes:
         started, asked = time.monotonic(), digest(blob)
         task, header = decode_task(blob)
-        run = self.consent.require(header.get("run"))
+        run = self._run(header)
         self._check_model(run, header)
         if (difference := run.mismatch(task)) is not None:
             raise RefusalError(f"not as the run was announced: {difference}")
@@ -141,7 +145,7 @@ class Site:
 
     def _measure(self, blob: bytes) -> bytes:
         query, state, header = decode_query(blob)
-        run = self.consent.require(header.get("run"))
+        run = self._run(header)
         self._check_model(run, header)
         if self.config.guarded:
             raise RefusalError("privacy: no noise covers importance that is measured on a site's own data")
@@ -180,6 +184,13 @@ class Site:
         """The answer to the last task, if it was this one."""
         held = self._last.read_bytes() if self._last.is_file() else b""
         return held[len(asked) :] if held.startswith(asked.encode()) else None
+
+    def _run(self, header: dict[str, Any]) -> Announcement:
+        """The run that a message is of, as it was announced; the site takes part in it."""
+        self._asker = {"run": one_line(str(header.get("run")), 40)}
+        run = self.consent.require(header.get("run"))
+        self._asker |= {"name": run.name, "by": run.by}
+        return run
 
     def _check_model(self, run: Announcement, header: dict[str, Any]) -> None:
         if not isinstance(header.get("model"), dict) or digest_of(header["model"]) != run.model:
@@ -241,12 +252,13 @@ class Site:
 
     def _note(self, question: Kind, **reason: str) -> None:
         """Notes what is not answered; a server that asks the same again and again is noted once."""
-        if self._refusal != (question, reason):
-            self.history.append(question=question, **reason)
-            self._refusal = question, reason
+        line = {"question": question, **self._asker, **reason}
+        if self._refusal != line:
+            self.history.append(**line)
+            self._refusal = line
 
     def _remember(self, question: str, run: Announcement, **what: Any) -> None:
-        self._refusal = None
+        self._refusal = {}
         self.history.append(question=question, run=run.id, name=run.name, by=run.by, **what)
 
 
