@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from polyrank.core.types import LocalTraining, ServerState, TailPenalty
 from polyrank.deploy.ledger import Entry, PrivacyLedger, Protection, protection_of, spent
 from polyrank.deploy.site import Site
 from polyrank.engines.letters import decode_scores, refusal_of
+from polyrank.engines.post import Kind
 from polyrank.engines.wire import digest, opened
 from polyrank.errors import InputError, TrainingError
 from polyrank.local.dp import Part
@@ -93,6 +94,29 @@ def test_labels_are_not_read_off_gradients(tmp_path: Path, adapter: Adapter) -> 
         site = Site(write(tmp_path / str(number), **file))
         assert labels(site, joined(site, Asker(privacy=NOISY))) == []
         assert not PrivacyLedger(tmp_path / str(number) / "ledger.json").entries()
+
+
+@pytest.mark.parametrize("state", ["paused", "denied", "waiting"])
+def test_every_question_passes_the_same_gate(tmp_path: Path, adapter: Adapter, state: str) -> None:
+    site, asker = Site(write(tmp_path, approve="ask")), Asker()
+    questions = {
+        "profile": asker.hello(),
+        "fit": asker.task(adapter),
+        "measure": asker.question(ServerState(0, adapter), samples=1),
+    }
+    assert set(questions) == set(get_args(Kind))
+    refused(site, "profile", asker.hello())
+    if state == "paused":
+        site.consent.decide(asker.run.id, "approved", "")
+        site.consent.pause("a holiday")
+    elif state == "denied":
+        site.consent.decide(asker.run.id, "denied", "no")
+    words = {"paused": "a holiday", "denied": "denied", "waiting": "not approved"}[state]
+    for kind, blob in questions.items():
+        assert words in refused(site, kind, blob)
+        assert list(site.history.lines())[-1]["run"] == asker.run.id
+    assert not site.ledger.entries()
+    assert not site._ready  # nobody has had a model loaded
 
 
 def test_what_is_answered_without_protection_is_counted(tmp_path: Path, adapter: Adapter) -> None:
