@@ -50,6 +50,11 @@ class Family(NamedTuple):
         return model
 
 
+RATE = 2.0
+"""A learning rate at which a step changes a tiny model by much."""
+RATES = {"hiera": 0.1}
+"""Where it takes maxima over positions: after a large step, rounding may choose another one."""
+
 V = 45
 IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}

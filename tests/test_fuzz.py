@@ -23,14 +23,16 @@ from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 import talking
-from broken import VALUES, broken, changed, damaged
+from broken import VALUES, WORDS, broken, changed, damaged
 from polyrank.cli import app
+from polyrank.cli.endings import ending
 from polyrank.core.lowrank import Adapter, LowRank
+from polyrank.deploy.site import Site
 from polyrank.local.adapters import AdapterInfo, write_adapter
 
-CASES = int(os.environ.get("POLYRANK_FUZZ", "12"))
+CASES = int(os.environ.get("POLYRANK_FUZZ", "8"))
 FIRST = int(os.environ.get("POLYRANK_FUZZ_FROM", "0"))
-SECONDS = int(os.environ.get("POLYRANK_FUZZ_SECONDS", "60"))  # for one command
+SECONDS = int(os.environ.get("POLYRANK_FUZZ_SECONDS", "20"))  # of the processor, for one command
 Config = dict[str, Any]
 
 
@@ -44,15 +46,15 @@ def ends(arguments: list[Any], names: tuple[str, ...], what: str) -> None:
     def late(*_: Any) -> None:
         raise Endless(what)
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     except BaseException as error:
         raise AssertionError(f"{what}: polyrank {arguments}: {type(error).__name__}: {error}") from error
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     told = f"{what}: polyrank {arguments}: {result.exit_code}\n{result.output[:3000]}"
     assert result.exit_code in (0, 1, 2), told
     assert "out of memory" not in result.stderr, told
@@ -206,7 +208,10 @@ def test_experiments(seed: int, digits: Config, here: Path, tables: Path) -> Non
     if not path.exists():
         return
     command = rng.choice(
-        (["plan"], ["plan"], ["plan", "--png", here / "p.png"], ["data"], ["data"], ["compare", "--dry-run"], ["run"])
+        (
+            *(["plan"], ["plan"], ["plan", "--png", here / "p.png"], ["data"], ["data"], ["profile", "--ranks", "1,2"]),
+            *(["compare", "--dry-run"], ["run"]),
+        )
     )
     out = ["--out", here / "out"] if command[0] in ("run", "compare") else []
     ends([command[0], path, *command[1:], *out], (path.name, *map(str, source)), f"case {seed}")
@@ -280,8 +285,9 @@ def test_adapters(seed: int, adapters: Path, here: Path) -> None:
     path = rng.choice([p for p in sorted((here / "a").rglob("*")) if p.is_file()])
     how = broken(path, rng)
     method = rng.choice(("rb_lora", "flexlora", "fedit"))
+    more = rng.choice(([], [], ["--client-ranks", "1,2"], ["--rank", "1"], ["--weights", "1,2"]))
     ends(
-        ["merge", here / "a/rank-2", here / "a/rank-3", "--method", method, "--out", here / "out"],
+        ["merge", here / "a/rank-2", here / "a/rank-3", "--method", method, "--out", here / "out", *more],
         (path.parent.name,),
         f"case {seed}, {how}",
     )
@@ -328,11 +334,105 @@ RUN: tuple[Command, ...] = (
     lambda run: ["resume", run, "--json"],
     lambda run: ["evaluate", run],
     lambda run: ["export", run, "--out", "exported"],
+    lambda run: ["export", run, "--out", "exported", "--merge"],
     lambda run: ["plan", run / "experiment.yaml", "--scores", run],
 )
 COMMANDS: dict[str, tuple[Command, ...]] = {
     "finished": RUN,
     "halfway": RUN,
-    "spoken": (*RUN, lambda run: ["generate", run, "--prompt", "w1", "--tokens", 2]),
+    "spoken": (*RUN, *(lambda run: ["generate", run, "--prompt", "w1", "--tokens", 2],) * 4),
     "study": (*ANY, lambda run: ["report", run, "--out", "r.html", "--figures", "figures"]),
 }
+
+
+# --- questions and prompts
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
+def test_questions(seed: int, runs: Path, here: Path) -> None:
+    rng = Random(seed)
+    path = here / rng.choice(("asked.jsonl", "asked.json", "asked.csv", "asked.txt"))
+    rows = [{"instruction": "w1", "question": f"w{i}", "choices": ["w1", "w2"], "answer": i % 2} for i in range(4)]
+    lines = [json.dumps(row) for row in rows]
+    tables = {".json": json.dumps(rows), ".csv": "question,choices,answer\n" + 'w1,"[""w1"", ""w2""]",0\n' * 3}
+    path.write_text(tables.get(path.suffix, "\n".join(lines) + "\n"))
+    how = broken(path, rng)
+    command = rng.choice((["generate", "--tokens", 2, "--file"], ["evaluate", "--choices"]))
+    ends([command[0], runs / "spoken", *command[1:], path], (path.name,), f"case {seed}, {how}")
+
+
+# --- federations and sites
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deployment that is never started, with a book of runs and of nodes, and each site's configuration."""
+    folder = tmp_path_factory.mktemp("federation") / "fed"
+    ports = ["--port", "1", "--superlink-port", "2", "--listen", "127.0.0.1"]
+    called("deploy", "init", folder, "--host", "127.0.0.1", "--names", "a,b", *ports)
+    (folder / "state").mkdir(exist_ok=True)
+    (folder / "state" / "nodes.json").write_text(json.dumps({"a": "12", "b": "13"}))
+    (folder / "state" / "runs.jsonl").write_text('{"id": "1", "folder": "/x"}\n{"id": "2", "folder": "/y"}\n')
+    site = {"model": "digits-vit", "rehearse": {"experiment": "../../../e.yaml", "client": "client_0"}, "rank": 2}
+    for name in ("a", "b"):
+        written(folder / "nodes" / name / "site.yaml", site)
+    return folder
+
+
+DEPLOY: tuple[Command, ...] = (
+    lambda fed: ["status", fed / "nodes/a"],
+    lambda fed: ["logs", fed],
+    lambda fed: ["add", fed, "c"],
+    lambda fed: ["remove", fed, "a"],
+    lambda fed: ["renew", fed],
+    lambda fed: ["down", fed],
+    lambda fed: ["join", fed / "nodes/a", "--data", "nowhere"],
+)
+PLAIN = (".json", ".jsonl", ".yaml", ".crt", ".pub", ".key")
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + 2 * CASES))
+def test_federations(seed: int, federation: Path, here: Path) -> None:
+    rng = Random(seed)
+    shutil.copytree(federation, here / "fed")
+    path = rng.choice([p for p in sorted((here / "fed").rglob("*")) if p.suffix in PLAIN])
+    how = broken(path, rng)
+    command = rng.choice(DEPLOY)(here / "fed")
+    ends(["deploy", *command], ("fed", "nowhere"), f"case {seed}, {path.relative_to(here)}, {how}")
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
+def test_sites(seed: int, digits: Config, here: Path) -> None:
+    """A site's own configuration, and the experiment that it rehearses: what `deploy keep` reads before it answers."""
+    rng = Random(seed)
+    written(here / "e.yaml", digits)
+    site = {
+        "model": "digits-vit",
+        "rehearse": {"experiment": "e.yaml", "client": "client_0", "overrides": ["rounds=1"]},
+        "privacy": {"examples": {"clip": 1.0, "noise": 1.0}},
+        **{"device": "cpu", "threads": 1, "rank": 2, "memory": "1 GiB", "uplink": "1 Mbit/s"},
+    }
+    path = rng.choice((written(here / "site.yaml", site), here / "e.yaml"))
+    how = broken(path, rng)
+    error: Exception | None = None
+    try:
+        Site(here / "site.yaml")
+    except Exception as raised:
+        error = raised
+    if error is not None:
+        told = f"case {seed}, {how}: {type(error).__name__}: {error}"
+        code, message = ending(error) or (None, "")
+        assert code in (1, 2), told
+        assert any(name in message for name in ("site.yaml", "e.yaml", *site, *digits)), told
+        assert len(message) < 6000, told
+
+
+# --- the rest
+
+
+@pytest.mark.parametrize("word", [word for word in WORDS if not word.startswith("-") and "\x00" not in word])
+def test_words(word: str, here: Path) -> None:
+    """Any word in place of a name, on the command line."""
+    for arguments in (["list", word], ["plan", word], ["report", word], ["watch", word], ["merge", word, "--out", "o"]):
+        if word not in ("fedit", "digits"):
+            ends(arguments, ("",), repr(word))

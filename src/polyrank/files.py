@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from typing import Any
 import yaml
 
 _DEEPEST, _MOST = 100, 10_000_000  # of plain values: levels, and values in all
+_LONGEST = 300  # digits of a whole number, which is then a float, too
+_LARGEST = 10**_LONGEST
 
 TEMPORARY = ".*.tmp"
 """Names of files that are being written, or were when their process died."""
@@ -35,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def append_line(path: Path, text: str) -> None:
     """Adds a line to a file, and flushes it to disk."""
-    with named(path), open(path, "a") as file:
+    with named(path), open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -97,16 +101,49 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is in another encoding, saying what to do.
+    """
+    return decoded(path.read_bytes())
+
+
+def decoded(data: bytes) -> str:
+    """Text from UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ValueError: if it is in another encoding, saying what to do.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
+        raise ValueError("its bytes look like UTF-16; save the file as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise ValueError(
+            f"line {line} is not UTF-8 (byte 0x{byte:02x}, as of Latin-1 or Windows-1252); save the file as UTF-8"
+        ) from None
+
+
 def from_json(text: str | bytes, **options: Any) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: if it is not JSON, or nested too deeply to be read.
+        ValueError: if it is not JSON, nested too deeply, or has a whole number that is too long or half a character.
     """
     try:
-        return json.loads(text, **options)
+        value = json.loads(text, **options)
+        if ("\\u" if isinstance(text, str) else b"\\u") in text:  # what is escaped may be half of a character
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a character, which no text has") from None
+    _check_size(value, math.inf)
+    return value
 
 
 def from_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
@@ -123,17 +160,19 @@ def from_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:
         raise ValueError("nested too deeply") from None
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of a tag that does not fit its value
         raise ValueError(f"a value does not fit its tag: {error}") from None
-    _check_size(value)
+    _check_size(value, _MOST)
     return value
 
 
-def _check_size(value: Any) -> None:
+def _check_size(value: Any, most: float) -> None:
     """Refuses what is nested too deeply, contains itself, or is written with few signs and endless all the same."""
     level, depth, count = [value], 0, 0
     while level:
         depth, count = depth + 1, count + len(level)
-        if depth > _DEEPEST or count > _MOST:
+        if depth > _DEEPEST or count > most:
             raise ValueError("nested too deeply" if depth > _DEEPEST else "holds too many values")
+        if any(type(node) is int and abs(node) >= _LARGEST for node in level):
+            raise ValueError(f"a whole number has more than {_LONGEST} digits")
         level = [
             inner
             for node in level

@@ -353,9 +353,15 @@ EDGES: dict[str, Callable[[Method, ServerState, list[Update]], list[Update]]] = 
 }
 
 
-@methods
+RULES = {method().aggregate: name for name, method in reversed(METHODS.items())}  # several methods share one
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in METHODS]
+    + [(name, dtype) for name in RULES.values() for dtype in (torch.float64, torch.bfloat16)],
+)
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_edges_are_defined_and_finite(name: str, edge: str, dtype: torch.dtype) -> None:
     method, state = METHODS[name](), start(dtype)
     for _ in range(2):  # twice: both phases of an alternation, and folds that meet folds

@@ -45,10 +45,10 @@ def test_an_array_reads_as_lines_do(tmp_path: Path, how: dict[str, Any], before:
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        ([1, 2], r"a\.json: not a readable json file: entry 0 of its array is not an object"),
+        ([1, 2], r"a\.json: not a readable json file: row 1 is not a JSON object"),
         ([], r"a\.json: no column 'instruction'"),
-        ([{"instruction": "x", "output": 5}], r"a\.json: not a readable json file"),
-        ([{"instruction": "x", "outptu": "y"}], r"a\.json: no column 'output'; did you mean 'outptu'\?"),
+        ([{"instruction": "x", "output": 5}], r"a\.json: row 1: column 'output' holds 5; it must hold text"),
+        ([{"instruction": "x", "outptu": "y"}], r"a\.json: row 1: no column 'output'; did you mean 'outptu'\?"),
     ],
 )
 def test_an_array_that_will_not_do(tmp_path: Path, held: Any, said: str) -> None:
@@ -151,6 +151,14 @@ def test_templates_that_do_not_fit(tmp_path: Path) -> None:
     refused(
         r"own\.json: with_input names \{context\}, which nothing fills in.* \{instruction\} and \{input\}", template=own
     )
+    marked = tmp_path / "marked.json"
+    marked.write_text("\ufeff" + json.dumps(good), encoding="utf-8")
+    assert instructions(train=path, test=path, template=marked).prompting == Prompting(str(marked))
+    latin = tmp_path / "latin.json"
+    latin.write_bytes(
+        json.dumps(good | {"with_input": "{instruction} {input} é"}, ensure_ascii=False).encode("latin-1")
+    )
+    refused(r"latin\.json: not JSON: line 1 is not UTF-8.*; save the file as UTF-8", template=latin)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(good | {"without_input": "{instruction} {input}"}))
     refused(r"other\.json: without_input names \{input\}", template=other)
@@ -167,7 +175,7 @@ def test_only_train_needs_the_columns_that_are_kept(tmp_path: Path) -> None:
     found = instructions(train=path, test=other, validation=other, columns=["id"])
     assert found.train.columns["id"].tolist() == [7, 8, 9]
     assert (found.test.columns, found.validation.columns) == ({}, {})
-    with pytest.raises(DataError, match=r"b\.json: no column 'id'"):
+    with pytest.raises(DataError, match=r"b\.json: row 1: no column 'id'"):
         instructions(train=other, test=path, columns=["id"])
 
 

@@ -95,7 +95,7 @@ def test_an_interrupted_write_leaves_nothing(cache):
     whole = _png(40, 40, "RGB")
     for broken_image in (b"no image", whole[: len(whole) - 30]):
         bad = Source([whole, broken_image], np.zeros(2, np.int64))
-        with pytest.raises(DataError, match=rf"image 1 of {len(broken_image)} bytes cannot be decoded"):
+        with pytest.raises(DataError, match="the image in row 2 cannot be read"):
             prepare_images(bad, 4, 3, [0.5], [0.5])
     assert list(cache.iterdir()) == []
 
@@ -202,3 +202,16 @@ def test_the_digits_are_always_the_same_and_never_both_public_and_private():
     whole = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
     assert {image.tobytes() for image in whole} == set(seen)
     np.testing.assert_array_equal(data.train.inputs, DATASETS["digits"]().train.inputs)
+
+
+def test_a_tokenizer_that_does_not_know_the_words_is_refused():
+    texts = [f"слово{number} другое{number % 7}" for number in range(40)]
+    labels = np.zeros(40, np.int64)
+
+    def unknown(rows):
+        return [[1] * (2 + number % 5) for number, _ in enumerate(rows)]
+
+    with pytest.raises(DataError, match="4 different rows of 32 different texts: it does not know"):
+        prepare_text(Source(texts, labels), unknown, 0, "unknown")
+    cut = prepare_text(Source(texts, labels), lambda rows: [[5, 6] for _ in rows], 0, "cut")  # all of one length
+    assert len(cut) == 40

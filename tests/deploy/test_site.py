@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from asking import DIGITS, Asker
 from polyrank.core.privacy import ClientPrivacy, Privacy
+from polyrank.data import files
 from polyrank.deploy.holdings import renumbered
 from polyrank.deploy.keeper import SiteError, ask, socket_of
 from polyrank.deploy.policy import RefusalError, check_protection
@@ -89,6 +93,42 @@ def test_a_site_refuses_less_protection_than_it_agrees_to() -> None:
 def test_classes_are_known_by_name() -> None:
     labels = np.array([0, 2, 2])
     assert renumbered(labels, ("a", "unused", "b"), ["b", "a"], Path("x")).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"), [([3, 1], [2, 0]), ([1, 3, 2], [0, 2, 1]), ([3, 3], [2, 2]), (["2", "3"], [1, 2])]
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_labels_of_a_site_that_lacks_a_class_are_numbered_as_the_servers_are(
+    tmp_path: Path, suffix: str, labels: list[Any], numbers: list[int]
+) -> None:
+    def table(name: str, labels: list[Any]) -> Path:
+        path = tmp_path / f"{name}.{suffix}"
+        made = pa.table({"text": ["x"] * len(labels), "label": labels})
+        (pq.write_table if suffix == "parquet" else pa.csv.write_csv)(made, path)
+        return path
+
+    whole = table("whole", [1, 2, 3])
+    server = files(train=whole, test=whole, text="text").classes
+    table("own", labels)
+    data = {"name": "files", "train": f"own.{suffix}", "test": f"own.{suffix}", "text": "text"}
+    path = write(tmp_path, data=data)
+    own = Site(path).holdings
+    assert renumbered(own.source.labels, own.classes, list(server), path).tolist() == numbers
+    shifted = f"classes {', '.join(own.classes)} are none of the server's: no, yes"
+    with pytest.raises(InputError, match=shifted):
+        renumbered(own.source.labels, own.classes, ["no", "yes"], path)
+
+
+def test_a_sites_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:
+    path = write(tmp_path, data="digits")
+    text = path.read_text() + "# é\n"
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert read_site(path).model == "digits-vit"
+    for encoding, said in (("latin-1", "line 3 is not UTF-8"), ("utf-16", "its bytes look like UTF-16")):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigError, match=rf"site\.yaml: not YAML: {said}.*; save the file as UTF-8"):
+            read_site(path)
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ def test_what_is_answered_without_protection_is_counted(tmp_path: Path, adapter:
     [
         (LocalTraining(steps=100_000), 2.0, "budget.epsilon"),
         (LocalTraining(epochs=5_000, batch=1), 2.0, "limits.epochs: this site allows 1000 in a task"),
-        (LocalTraining(steps=2**53), 2.0, "limits.steps: this site allows 100000 in a task"),
-        (LocalTraining(steps=1, batch=2**53), 0.1, "budget.epsilon: this site allows an epsilon of 8 in all"),
+        (LocalTraining(steps=1_000_000), 2.0, "limits.steps: this site allows 100000 in a task"),
+        (LocalTraining(steps=1, batch=2**31 - 1), 0.1, "budget.epsilon: this site allows an epsilon of 8 in all"),
         (LocalTraining(steps=1), 1e-12, "budget.epsilon"),
         (LocalTraining(steps=1), 1e-320, "budget.epsilon"),
     ],
@@ -257,9 +257,9 @@ def test_the_independent_accountant_knows_the_gaussian_mechanism() -> None:
 def test_no_answer_gives_anything_back(noise: float) -> None:
     """What an accountant computes of much noise is rounding, which summed over many steps may be less than nothing."""
     before = Entry("data", "run", "fit", Protection(Part(2.0, 1.0, 1)))
-    local = LocalTraining(steps=2**53, batch=EXAMPLES // 2)
+    local = LocalTraining(steps=1_000_000, batch=EXAMPLES // 2)
     after = Entry(
-        "data", "run", "fit", protection_of(Privacy(examples=ExamplePrivacy(1.0, noise)), local, EXAMPLES), 2**20
+        "data", "run", "fit", protection_of(Privacy(examples=ExamplePrivacy(1.0, noise)), local, EXAMPLES), 2**40
     )
     assert 0 < spent([before], "examples", 1e-5) <= spent([before, after], "examples", 1e-5)
 
@@ -401,7 +401,7 @@ def test_a_task_is_ended_at_its_time(tmp_path: Path, adapter: Adapter) -> None:
 
 def test_memory_is_predicted_before_training(tmp_path: Path, adapter: Adapter) -> None:
     site = Site(write(tmp_path, limits={"memory": "100 MiB"}))
-    few, many = joined(site, Asker()), joined(site, Asker(local=LocalTraining(steps=1, batch=2**40)))
+    few, many = joined(site, Asker()), joined(site, Asker(local=LocalTraining(steps=1, batch=2**31 - 1)))
     assert _kind(site.answer("fit", few.task(adapter))) == "update"
     assert _kind(site.answer("fit", many.task(adapter))) == "update"  # a site's examples are its largest batch
     tight = Site(write(tmp_path / "tight", limits={"memory": "1 MiB"}))

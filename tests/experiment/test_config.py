@@ -161,7 +161,8 @@ def test_infinite_quantities_are_refused(digits_config: Config) -> None:
         ("", "must be a mapping"),
         ("a: [", "not YAML"),
         (None, "cannot be read: No such file"),
-        (b"\xff\xfe\xfa", "not YAML"),
+        (b"\xff\xfe\xfa", "not YAML: its bytes look like UTF-16; save the file as UTF-8"),
+        (b"rounds: 1\n# \xe9", "not YAML: line 2 is not UTF-8 (byte 0xe9, as of Latin-1"),
     ],
 )
 def test_files_that_are_no_experiment(text: Any, part: str, tmp_path: Path) -> None:
@@ -172,6 +173,12 @@ def test_files_that_are_no_experiment(text: Any, part: str, tmp_path: Path) -> N
         load(path)
     assert str(path) in str(refused.value)
     assert part in str(refused.value)
+
+
+def test_a_file_may_begin_with_a_mark_of_byte_order(digits_file: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.yaml"
+    marked.write_bytes(b"\xef\xbb\xbf" + digits_file.read_bytes())
+    assert load(marked).resolved() == load(digits_file).resolved()
 
 
 def test_ranks_that_do_not_go_together_are_refused_before_a_model_is_loaded(

@@ -133,8 +133,17 @@ def test_commands_find_the_same_on_the_exported_adapter(finished: tuple[Path, di
     assert {key: found[key] for key in summary["final"]["choices"]} == summary["final"]["choices"]
     samples = json.loads((folder / "samples.json").read_text())["samples"]
     asked_of = lines(folder.parent / "prompts.jsonl", [{"instruction": s["prompt"].strip()} for s in samples])
+    asked_of.write_bytes(b"\xef\xbb\xbf" + asked_of.read_bytes())
     answers = printed("generate", folder, "--file", asked_of, "--tokens", 6)["answers"]
     assert [a["answer"] for a in answers] == [s["final"] for s in samples]
+    for name, data, message in (
+        ("x.jsonl", b'{"prompt": "a"}', "row 1 is"),
+        ("x.jsonl", "{}é".encode("latin-1"), "line 1 is not UTF-8"),
+        ("x.txt", "é".encode("utf-16"), "its bytes look like UTF-16"),
+    ):
+        (folder.parent / name).write_bytes(data)
+        refused = invoke("generate", folder, "--file", folder.parent / name)
+        assert (refused.exit_code, message in " ".join(refused.stderr.split())) == (2, True), refused.stderr
     shown = invoke("generate", folder, "--prompt", samples[0]["prompt"].strip(), "--tokens", 6, "--best")
     assert samples[0]["selected"].strip() in shown.output
     found = printed("evaluate", folder)

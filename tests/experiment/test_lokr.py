@@ -210,6 +210,15 @@ def world_of(config: Config, **model: Any) -> World:
     return build(experiment_of({**config, "model": {**config["model"], **model}}))
 
 
+def test_a_start_may_nest_its_layers_otherwise(tmp_path: Path, config: Config) -> None:
+    name = next(iter(world_of(config).base.spec.modules))
+    given = lokr.fresh({name: (64, 64)}, 24, stream(1, "x"))
+    nested = {f"language_model.{part}": tensor for part, tensor in given.items()}
+    write_adapter(tmp_path / "kron", Adapter({}, nested), AdapterInfo(rank=24))
+    start = world_of(config, adapter=str(tmp_path / "kron")).start.adapter.dense
+    assert torch.equal(start[f"{name}.lokr_w2"], given[f"{name}.lokr_w2"])
+
+
 def test_adapters_of_the_other_form_or_size_are_refused(tmp_path: Path, config: Config) -> None:
     name, info = next(iter(world_of(config).base.spec.modules)), AdapterInfo("x", rank=24)
     write_adapter(tmp_path / "lora", Adapter({name: LowRank(torch.ones(1, 64), torch.ones(64, 1))}), AdapterInfo("x"))

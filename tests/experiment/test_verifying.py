@@ -1,16 +1,26 @@
 """An export is held against the run: PEFT's own load of the adapter, Transformers' own of the merged model."""
 
 import json
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import tiny
+from families import FAMILIES
+from polyrank.core.lowrank import Adapter, LowRank, fresh
+from polyrank.core.rng import stream
 from polyrank.experiment import publishing
+from polyrank.local import hf
+from polyrank.local.adapters import write_adapter
+from polyrank.local.base import Base
+from polyrank.local.peft_layers import lost_layers
 
 DEEPSEEK = {
     **tiny.ENCODER,
@@ -43,7 +53,7 @@ def trained(folder: Path, config: Any, kind: str, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture")
-    return trained(folder, transformers.DeepseekV3Config(**DEEPSEEK), "causal", targets="all-linear")
+    return trained(folder, transformers.DeepseekV3Config(**DEEPSEEK), "causal", targets="all-linear", export="merged")
 
 
 def test_layers_that_peft_loses_are_named(mixture: Path, tmp_path: Path) -> None:
@@ -58,13 +68,44 @@ def test_layers_that_peft_loses_are_named(mixture: Path, tmp_path: Path) -> None
     assert "loses 9 of 24" in " ".join(tiny.polyrank("evaluate", mixture).stderr.split())
 
 
-def test_a_plan_says_what_peft_would_lose(mixture: Path) -> None:
-    planned = json.loads(tiny.polyrank("plan", mixture.parent / "experiment.yaml", "--json").stdout)
-    assert any("loses 9 of 24 layers" in note for note in planned["notes"])
-    some = ("plan", mixture.parent / "experiment.yaml", "--set", "model.targets=[gate_proj]", "--json")
-    assert any("loses 3 of 3 layers" in note for note in json.loads(tiny.polyrank(*some).stdout)["notes"])
-    less = ("plan", mixture.parent / "experiment.yaml", "--set", "model.targets=attention", "--json")
-    assert not any("loses" in note for note in json.loads(tiny.polyrank(*less).stdout)["notes"])
+def test_targets_that_peft_would_lose_are_refused(mixture: Path, tmp_path: Path) -> None:
+    file = mixture.parent / "experiment.yaml"
+    planned = json.loads(tiny.polyrank("plan", file, "--json").stdout)
+    assert any("loses 9 of 24 layers" in note for note in planned["notes"])  # the file says that merged is enough
+    adapter = ("--set", "model.export=adapter")
+    for command in (("plan", file), ("run", file, "--out", tmp_path / "run")):
+        result = tiny.polyrank(*command, *adapter)
+        message = " ".join(result.stderr.split())
+        assert result.exit_code == 2
+        assert "model.targets: PEFT" in message
+        assert "loses 9 of 24 layers" in message
+        assert "model.export: merged" in message
+    some = tiny.polyrank("plan", file, *adapter, "--set", "model.targets=[gate_proj]")
+    assert "loses 3 of 3 layers" in " ".join(some.stderr.split())
+    less = tiny.polyrank("plan", file, *adapter, "--set", "model.targets=attention")
+    assert less.exit_code == 0, less.output
+
+
+@pytest.mark.parametrize("name", ["swin", "mixtral", "qwen2_moe", "clip", "siglip"])
+def test_no_layer_is_called_lost_that_peft_loads(name: str) -> None:
+    """Families of which Transformers has renamed layers; PEFT's own load of an adapter tells."""
+    family = FAMILIES[name]
+    size = {"image_size": 32} if family.kind == "image" else {}
+
+    def base(device: str) -> Base:
+        kind: Any = family.kind
+        return hf.base_from_config(family.make(), "all-linear", kind=kind, classes=3, tokens=0, device=device, **size)
+
+    whole, meta = base("cpu"), base("meta")
+    layers = {n: fresh(shape, 1, 1.0, stream(0, "x")) for n, shape in whole.spec.modules.items()}
+    adapter = Adapter({n: LowRank(x.A, torch.ones_like(x.B)) for n, x in layers.items()}, whole.initial_head())
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads what Transformers has deprecated
+        write_adapter(Path(folder), adapter, whole.info)
+        model = PeftModel.from_pretrained(whole.model, folder)
+    factors = {n.removeprefix("base_model.model.") for n, x in model.named_parameters() if ".lora_B." in n and x.any()}
+    assert {n.split(".lora_B.")[0] for n in factors} == set(layers) - set(lost_layers(meta))
+    assert not lost_layers(base("meta"))
 
 
 def test_the_merged_mixture_is_verified(mixture: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from polyrank.experiment.merging import merge
 from polyrank.local import patterns
 from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter, write_adapter
 from polyrank.local.fingerprint import fingerprint
-from polyrank.local.peft_config import REFUSED, TASKS, UNDERSTOOD
+from polyrank.local.peft_config import REFUSED, TASKS, UNDERSTOOD, check_names
 from polyrank.local.same_model import under_names
 
 pytestmark = [
@@ -339,6 +339,21 @@ def test_a_pattern_cannot_take_long(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
+def test_neither_can_many_patterns(tmp_path: Path) -> None:
+    layers = {f"layer{number}.{'a' * 100}": LowRank(torch.ones(1, 4), torch.ones(3, 1), 1.0) for number in range(20)}
+    write_adapter(tmp_path, Adapter(layers), AdapterInfo("tiny"))
+    many = {f"{number}(a+)+" + "a?" * 90 + "b": 1 for number in range(40)}
+    begun = time.process_time()
+    set_config(tmp_path, rank_pattern=dict(list(many.items())[:32]))
+    read_adapter(tmp_path)
+    assert time.process_time() - begun < 5
+    names = {f"name{number}": 1 for number in range(10_001)}
+    for patterns_, message in ((many, "40 regular expressions, more than 32"), (names, "10001 names, more than 10000")):
+        set_config(tmp_path, rank_pattern=patterns_)
+        with pytest.raises(AdapterError, match=message):
+            read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize(
     "pattern", ["(?=a)", "(?i)a", r"(a)\1", r"\b", "(", "[", "a**", "a)(b", "(" * 9 + ")" * 9, "+" * 2000]
 )
@@ -600,7 +615,7 @@ def test_factors_are_matrices(A: tuple[int, ...], B: tuple[int, ...], message: s
         ({"r": "2"}, "r must be a positive whole number, got '2'"),
         ({"r": None}, "r must be a positive number, got None"),
         ({"lora_alpha": False}, "lora_alpha must be a positive number"),
-        ({"lora_alpha": 10**400}, "lora_alpha must be a positive number, got 1000"),
+        ({"lora_alpha": 10**400}, "a whole number has more than 300 digits"),
         ({"lora_alpha": -1}, "lora_alpha must be a positive number, got -1"),
         ({"rank_pattern": [2]}, "rank_pattern must be a mapping of module names to positive whole numbers, got [2]"),
         ({"rank_pattern": {"q": 2.5}}, "rank_pattern must be a mapping"),
@@ -640,7 +655,7 @@ def test_values_are_of_their_type(change: Config, message: str, tmp_path: Path) 
         (b"[1]", "must be a JSON mapping, got [1]"),
         (b"null", "must be a JSON mapping, got None"),
         (b'{"a": "\xff"}', "not text in UTF-8"),
-        (b'{"a": "\\ud800"}', "not text in UTF-8"),
+        (b'{"a": "\\ud800"}', "not JSON: holds half of a character"),
         (b"", "not JSON"),
         (b" " * (2**22 + 1), "has more than 4,194,304 bytes"),
     ],
@@ -652,6 +667,14 @@ def test_what_is_no_config_is_one_message(text: bytes, message: str, tmp_path: P
         read_adapter(tmp_path)
     assert message in str(refused.value)
     assert len(str(refused.value)) < 500
+
+
+def test_a_config_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:
+    plain(tmp_path)
+    found, _ = read_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(read_adapter(tmp_path)[0].layers) == list(found.layers)
 
 
 def test_names_that_look_like_expressions_are_written_so_that_they_read_back(tmp_path: Path) -> None:
@@ -707,3 +730,35 @@ def test_a_base_of_the_hub_is_found_in_the_cache(tmp_path: Path, monkeypatch: py
     assert fingerprint("user/model", "def") == fingerprint(str(repository / "snapshots" / "def"))
     assert fingerprint("user/model", "v9") is None
     assert fingerprint("user/other") is None
+
+
+# --- what PEFT itself would match
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", "(a+)+b"),
+        ("exclude_modules", "(.*)*x"),
+        ("layers_pattern", ["(l+)+y"]),
+        ("rank_pattern", {"(a+)+b": 4}),
+        ("alpha_pattern", {"model.*": 4}),
+    ],
+)
+def test_peft_is_given_no_regular_expression_of_somebody_else(key: str, value: Any, tmp_path: Path) -> None:
+    """A folder in place of a run's adapter, as `evaluate` and `generate` have PEFT load it."""
+    set_config(plain(tmp_path), **{key: value})
+    start = time.process_time()
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: {key}: .* is a regular expression"):
+        check_names(tmp_path)
+    assert time.process_time() - start < 1
+
+
+def test_peft_is_given_names_as_they_are_written(tmp_path: Path) -> None:
+    """Also odd ones, which are escaped where layers have ranks of their own."""
+    layers = {f"m.a b+{n}": LowRank(torch.ones(n, 4), torch.ones(3, n), 1.0) for n in (1, 2)}
+    write_adapter(tmp_path, Adapter(layers), AdapterInfo("tiny"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"]
+    assert config["target_modules"] == sorted(layers)
+    check_names(tmp_path)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny
-from families import FAMILIES
+from families import FAMILIES, RATE, RATES
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.rng import stream, torch_generator
 from polyrank.core.types import LocalTraining, Task, Update
@@ -37,8 +37,7 @@ WIDTH = 16  # positions of the longest text there can be
 SHARES = {"a": np.arange(5), "b": np.arange(5, 9), "c": np.arange(9, 15)}
 LENGTHS = {"a": (2, 5), "b": (7, 11), "c": (2, 11)}  # words of a text, from and below
 RANKS = {"a": 1, "b": 4, "c": 2}
-LOCAL = LocalTraining(steps=2, batch=3, optimizer="sgd", lr=2.0, precision="fp32")
-RATES = {"hiera": 0.1}  # it takes maxima over positions: after a large step, rounding may choose another one
+LOCAL = LocalTraining(steps=2, batch=3, optimizer="sgd", lr=RATE, precision="fp32")
 TOGETHER, EXAMPLES = 1e-4, 1e-5
 LEAST = 1e-4  # norm of what is compared: much smaller, and rounding would hide what is wrong
 
@@ -74,7 +73,7 @@ class World:
 
     def jobs(self, count: int, **local: object) -> list[Job]:
         """Of the first clients."""
-        settings = replace(LOCAL, **{"lr": RATES.get(str(self.base.info.base), LOCAL.lr), **local})
+        settings = replace(LOCAL, **{"lr": RATES.get(str(self.base.info.base), RATE), **local})
         tasks = {
             c: Task(0, self.adapter(RANKS[c], i), Adapter(), "AB", settings, None, 7) for i, c in enumerate(SHARES)
         }

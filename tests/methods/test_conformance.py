@@ -77,13 +77,16 @@ def choices(function: Callable[..., Any]) -> dict[str, list[Any]]:
 
 
 def variants(table: Mapping[str, Callable[..., Any]]) -> list[Any]:
-    """Each entry as it is, and with each of its finite options set to each value."""
+    """Each entry as it is, and with each of its finite options set to each other value; one of several names."""
     cases = []
-    for name, function in table.items():
+    for function in dict.fromkeys(table.values()):
+        name = next(name for name, entry in table.items() if entry is function)
         cases.append(pytest.param(function, id=name))
+        defaults = inspect.signature(function).parameters
         for option, values in choices(function).items():
             for value in values:
-                cases.append(pytest.param(partial(function, **{option: value}), id=f"{name}({option}={value})"))
+                if value != defaults[option].default:
+                    cases.append(pytest.param(partial(function, **{option: value}), id=f"{name}({option}={value})"))
     return cases
 
 

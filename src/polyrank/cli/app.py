@@ -68,7 +68,9 @@ def _fault(error: Exception) -> int:
     if message is None:
         what = f"{FAULT}: {type(error).__name__}: {error}"
         try:
-            with tempfile.NamedTemporaryFile("w", prefix="polyrank-", suffix=".txt", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", prefix="polyrank-", suffix=".txt", delete=False
+            ) as file:
                 traceback.print_exception(error, file=file)
             message = f"{what}\nplease report it with {file.name}, which has the traceback"
         except OSError:
@@ -100,7 +102,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def numbers(
-    option: str, text: str | None, count: int | None, *, least: float, whole: bool = False
+    option: str, text: str | None, count: int | None, *, least: float, most: float = 1e300, whole: bool = False
 ) -> list[float] | None:
     """The numbers of an option such as ``--weights 10,20``; None where it was not given."""
     from polyrank.experiment.config import ConfigError
@@ -115,6 +117,8 @@ def numbers(
         raise ConfigError(f"{option}: {text!r}: every number must be whole")
     if any(not least <= value < float("inf") for value in values):
         raise ConfigError(f"{option}: {text!r}: every number must be finite and at least {least:g}")
+    if any(value > most for value in values):
+        raise ConfigError(f"{option}: {text!r}: every number must be at most {most:g}")
     if count is not None and len(values) != count:
         raise ConfigError(f"{option}: {len(values)} numbers for {count} adapters")
     return values

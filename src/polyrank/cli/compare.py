@@ -26,7 +26,7 @@ def compare(
     ] = None,
     set_: Set = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder of the study; studies/NAME if left out.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the machine.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the machine.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and what it costs.")] = False,
     quiet: Quiet = False,
     json_: Json = False,
@@ -81,7 +81,7 @@ def _asked(methods: str | None, seeds: str | None, grid: list[str] | None) -> St
     named = [name.strip() for name in methods.split(",")] if methods else []
     return StudyConfig(
         methods=list(dict.fromkeys(named)),
-        seeds=[int(seed) for seed in numbers("--seeds", seeds, None, least=0, whole=True) or []],
+        seeds=[int(seed) for seed in numbers("--seeds", seeds, None, least=0, most=2**53, whole=True) or []],
         grid=values,
     )
 

@@ -47,10 +47,16 @@ def init(
     host: Annotated[
         str, typer.Option(help="Name or address of this server; others after commas. Nodes dial the first.")
     ],
-    nodes: Annotated[int | None, typer.Option(min=1, help="Make this many nodes: site-1, site-2, ...")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Make this many nodes: site-1, site-2, ...")
+    ] = None,
     names: Annotated[str | None, typer.Option(help="Make nodes of these names: a,b,c.")] = None,
-    port: Annotated[int, typer.Option(help="Of the gateway, which the sites reach; 0: a free one.")] = 8443,
-    superlink_port: Annotated[int, typer.Option(help="Of the SuperLink, on loopback; 0: a free one.")] = 18000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Of the gateway, which the sites reach; 0: a free one.")
+    ] = 8443,
+    superlink_port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Of the SuperLink, on loopback; 0: a free one.")
+    ] = 18000,
     listen: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "0.0.0.0",
     serverapp: Annotated[str | None, typer.Option(help="ServerApp, module:attribute; polyrank's if left out.")] = None,
     clientapp: Annotated[str | None, typer.Option(help="ClientApp, module:attribute; polyrank's if left out.")] = None,
@@ -104,7 +110,7 @@ def remove(folder: Server, name: Annotated[str, typer.Argument(help="The node.")
 
 
 @deploy.command()
-def renew(folder: Server, days: Annotated[int, typer.Option(min=1, help="For how long.")] = 365) -> None:
+def renew(folder: Server, days: Annotated[int, typer.Option(min=1, max=36_500, help="For how long.")] = 365) -> None:
     """Make a new key and certificate for the server; the nodes need nothing new."""
     with flower():
         from polyrank.deploy import provision
@@ -183,7 +189,7 @@ def logs(
     folder: Place,
     who: Annotated[str | None, typer.Argument(help="A process, or the id of a run; all processes if left out.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on as it is written.")] = False,
-    lines: Annotated[int, typer.Option(min=0, help="How many lines from the end.")] = 40,
+    lines: Annotated[int, typer.Option(min=0, max=10**9, help="How many lines from the end.")] = 40,
 ) -> None:
     """Show the end of logs."""
     with flower():

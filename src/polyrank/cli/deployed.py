@@ -43,7 +43,7 @@ def join(
     check: Annotated[
         bool, typer.Option(help="Look first whether model and data load; a ClientApp of another package needs none.")
     ] = True,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the connection.")] = 30,
+    wait: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds to wait for the connection.")] = 30,
     telemetry: Telemetry = False,
 ) -> None:
     """Start a node and keep it running, whatever it or the server ends with."""
@@ -147,7 +147,7 @@ def stop(folder: Server, target: Folder) -> None:
 @deploy.command()
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to make it in.")] = Path("polyrank-demo"),
-    nodes: Annotated[int, typer.Option(min=2, help="How many clients.")] = 3,
+    nodes: Annotated[int, typer.Option(min=2, max=100, help="How many clients.")] = 3,
     set_: Set = None,
 ) -> None:
     """Deploy on this machine, over TLS and with a key per node, run the digits, and compare with the simulator."""

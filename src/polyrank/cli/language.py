@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyrank.cli.app import Json, app, mistakes, out
+from polyrank.errors import shortened
 
 if TYPE_CHECKING:
     from polyrank.data.source import Turn
@@ -27,10 +28,10 @@ def generate(
         bool, typer.Option("--best", help="The validation-selected adapter instead of the final one.")
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Prompts as they are, without the template.")] = False,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of an answer, at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.0,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=2**31 - 1, help="Of an answer, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=1e6, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="Draw among tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**53, help="Of draws.")] = 0,
     json_: Json = False,
 ) -> None:
     """Let a language model answer, with a run's exported adapter loaded by PEFT itself."""
@@ -58,16 +59,24 @@ def generate(
 
 
 def _turns(file: Path) -> list[Turn]:
+    from polyrank.data.formats import read_rows
     from polyrank.data.source import DataError, Turn
+    from polyrank.files import read_text
 
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if file.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
-        return [Turn(line, "", "") for line in lines]
-    try:
-        rows = [json.loads(line) for line in lines]
-        return [Turn(row["instruction"], row.get("input") or "", "") for row in rows]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"--file: {file}: every line must be a JSON object with an instruction") from None
+        try:
+            lines = read_text(file).splitlines()
+        except ValueError as error:
+            raise DataError(f"--file: {file}: {error}") from None
+        return [Turn(line, "", "") for line in lines if line.strip()]
+    rows = read_rows(file)
+    for number, row in enumerate(rows, 1):
+        if not all(isinstance(part, str) for part in (row.get("instruction"), row.get("input") or "")):
+            raise DataError(
+                f"--file: {file}: row {number} is {shortened(row)}; it must be a JSON object whose instruction, and "
+                "input if there is one, are texts"
+            )
+    return [Turn(row["instruction"], row.get("input") or "", "") for row in rows]
 
 
 def choose(folder: Path, file: Path, options: list[str], best: bool, json_: bool) -> None:

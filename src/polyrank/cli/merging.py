@@ -17,7 +17,9 @@ def merge(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the merged adapter.")],
     method: Annotated[str, typer.Option(help="A method of `polyrank list methods`.")] = "rb_lora",
     weights: Annotated[str | None, typer.Option(help="Examples behind each adapter: n1,n2,...")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Compress to this rank; lossless if left out.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Compress to this rank; lossless if left out.")
+    ] = None,
     client_ranks: Annotated[
         str | None, typer.Option(help="One adapter per rank r1,r2,... instead: OUT/client_0, ... (with --rank, both).")
     ] = None,
@@ -39,7 +41,9 @@ def merge(
 
         check_free(folder)
         counts = numbers("--weights", weights, len(adapters), least=0)
-        ranks = [int(r) for r in numbers("--client-ranks", client_ranks, None, least=1, whole=True) or []]
+        ranks = [
+            int(r) for r in numbers("--client-ranks", client_ranks, None, least=1, most=2**31 - 1, whole=True) or []
+        ]
         merged = merge_adapters(adapters, method_with(method, set_ or []), counts, base)
         written = [(folder / f"client_{index}", merged.client(r)) for index, r in enumerate(ranks)]
         if not ranks or rank is not None:

@@ -73,7 +73,7 @@ def profile(
 
         if path is not None and path.exists():
             raise FileExistsError(f"{path}: exists already; choose another --out")
-        chosen = [int(rank) for rank in numbers("--ranks", ranks, None, least=1, whole=True) or []]
+        chosen = [int(rank) for rank in numbers("--ranks", ranks, None, least=1, most=2**31 - 1, whole=True) or []]
         measured = calibrate(load(file or embedded("digits.yaml"), set_), chosen)
         if path is not None:
             write_json(path, measured)

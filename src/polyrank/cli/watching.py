@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def watch(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, of a copy of one, or of a study.")],
     once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds between looks.")] = 1.0,
     json_: Json = False,
 ) -> None:
     """Follow a run or a study by its files, whoever works on it, until it is done."""

@@ -43,6 +43,12 @@ class Gate:
     reach: bool = False
     most_examples: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("norm", "most_examples"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"trust.{name}: {value} must be more than 0")
+
     def admitted(self, tasks: Mapping[Client, Task], updates: Iterable[Update], refuse: Refuse) -> Iterator[Update]:
         """The updates that pass, in the order in which they come."""
         passed = self._each(tasks, updates, refuse)

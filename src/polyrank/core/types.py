@@ -16,6 +16,7 @@ Client = str
 
 Precision = Literal["auto", "fp32", "bf16"]
 LRSchedule = Literal["constant", "linear", "cosine", "exponential"]
+_MOST_PASSES = 1_000_000  # of a round: its steps are listed before the first
 MeasuredOn = Literal["holdout", "clients"]
 Labels = Literal["given", "sampled"]
 FisherForm = Literal["trace", "squared", "norm"]
@@ -144,10 +145,13 @@ class LocalTraining:
     pack: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch", "accumulate"):
+        for name in ("batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"local.{name}: {getattr(self, name)} must be at least 1")
+        for name in ("epochs", "steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"local.{name}: {value} must be at least 1")
+            if value is not None and not 1 <= value <= _MOST_PASSES:
+                raise ValueError(f"local.{name}: {value} must be between 1 and {_MOST_PASSES:,}")
         for name, low, high in (("lr", 0.0, math.inf), ("clip", 0.0, math.inf), ("lr_decay", 0.0, 1.0)):
             value = getattr(self, name)
             if value is not None and not (low < value <= high and math.isfinite(value)):

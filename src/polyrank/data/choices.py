@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -11,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet
-
-from polyrank.data.formats import kind_of, require_columns
+from polyrank.data.formats import check_columns, read_rows
 from polyrank.data.source import DataError
+from polyrank.files import from_json
 
 _FIRST = re.compile(r"(?:^|\s)A[.):]\s")
 
@@ -69,12 +65,12 @@ def read_questions(path: Path, layout: Layout) -> list[Question]:
     Raises:
         DataError: naming the file, the row and what it would have to hold.
     """
-    rows = _rows(path)
-    if not rows:
-        raise DataError(f"{path}: no questions")
     several = [layout.choices] if isinstance(layout.choices, str) else list(layout.choices or [])
     named = [layout.question, layout.answer, *several, layout.instruction, layout.subject]
-    require_columns([name for name in named if name is not None], list(rows[0]), str(path))
+    check_columns(path, [name for name in named if name is not None])
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"{path}: no questions")
     found = []
     for number, row in enumerate(rows, 1):
         try:
@@ -88,24 +84,6 @@ def read_questions(path: Path, layout: Layout) -> list[Question]:
 def chance(questions: Sequence[Question]) -> float:
     """The accuracy of who guesses."""
     return sum(1 / len(q.choices) for q in questions) / len(questions)
-
-
-def _rows(path: Path) -> list[Mapping[str, Any]]:
-    kind = kind_of(path)
-    try:
-        if kind == "parquet":
-            return list(pa.parquet.read_table(path).to_pylist())
-        if kind == "csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
-        text = path.read_text(encoding="utf-8")
-        array = text.lstrip().startswith("[")
-        rows = json.loads(text) if array else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable {kind} file: {error}") from None
-    if kind == "npz" or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: must hold objects, an array of them or one a line")
-    return list(rows)
 
 
 def _question(row: Mapping[str, Any], layout: Layout) -> Question:
@@ -133,7 +111,7 @@ def _listed(value: Any) -> tuple[str, ...]:
     if isinstance(value, dict):  # as in ARC: {"text": [...], "label": [...]}
         value = value.get("text")
     if isinstance(value, str):  # of a CSV file
-        value = json.loads(value)
+        value = from_json(value)
     if not isinstance(value, list):
         raise ValueError(f"choices are {value!r}; they must be a list")
     return tuple(map(str, value))

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
-import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
+from polyrank.data import csv_columns, json_rows
 from polyrank.data.source import DataError, unknown
+from polyrank.files import decoded
 
 _FORMATS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".npz": "npz", ".parquet": "parquet"}
 
-_CSV = pa.csv.ParseOptions(newlines_in_values=True)
-_LONGEST_ROW = 2**24  # bytes; of a JSON object
-_READ_ERRORS = (pa.ArrowException, OSError, ValueError, EOFError, zipfile.BadZipFile)
+_READ_ERRORS = (pa.ArrowException, OSError, ValueError, EOFError, csv.Error, zipfile.BadZipFile)
 
 
 def kind_of(path: Path) -> str:
@@ -38,28 +38,44 @@ def kind_of(path: Path) -> str:
     return _FORMATS[path.suffix.lower()]
 
 
+def check_columns(path: Path, wanted: list[str]) -> None:
+    """Refuses a file without the wanted columns (or arrays, or keys of its first row), from its head only.
+
+    Raises:
+        DataError: naming the file, the column, and what there is.
+    """
+    kind, names = kind_of(path), column_names(path)
+    if kind == "csv" and len(names) == 1 and wanted != names:
+        for sign, called in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
+            if sign in names[0]:
+                raise DataError(
+                    f"{path}: no column {wanted[0]!r}: the header, {names[0]!r}, looks separated by {called}; save the"
+                    " file with commas between its columns"
+                )
+    require_columns(wanted, names, f"{path}: row 1" if kind == "json" and names else str(path))
+
+
 def column_names(path: Path) -> list[str]:
     """The columns (or arrays, or keys of the first row) of a file, read from its head only."""
     kind = kind_of(path)
-    try:
+    with _reading(path, kind):
         if kind == "parquet":
-            return pa.parquet.read_schema(path).names
+            return list(pa.parquet.read_schema(path).names)
         if kind == "csv":
-            with pa.csv.open_csv(path, parse_options=_CSV) as reader:
-                return reader.schema.names
+            return csv_columns.header(path)
         if kind == "npz":
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return list(arrays)
-        return _first_keys(path)
-    except _READ_ERRORS as error:
-        raise _unreadable(path, kind, error) from error
+        return json_rows.first_keys(path)
 
 
 def require_columns(wanted: list[str], present: list[str], where: str) -> None:
-    """Nothing, or the error for the first wanted column that is not present."""
+    """Refuses the first wanted column that is not present, or is present twice."""
     for name in wanted:
         if name not in present:
             raise unknown("column", name, present, where)
+        if (count := present.count(name)) > 1:
+            raise DataError(f"{where}: {count} columns are called {name!r}; give each a name of its own")
 
 
 def read_table(path: Path, columns: list[str], text: list[str]) -> pa.Table:
@@ -68,63 +84,43 @@ def read_table(path: Path, columns: list[str], text: list[str]) -> pa.Table:
     JSON is one object a line, or one array of objects.
     """
     kind = kind_of(path)
-    try:
+    with _reading(path, kind):
         if kind == "parquet":
-            return pa.parquet.read_table(path, columns=columns)
-        if kind == "csv":
-            types = {name: pa.string() for name in text}
-            options = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
-            return pa.csv.read_csv(path, parse_options=_CSV, convert_options=options)
-        if _is_array(path):
-            return _array(path, columns, text)
-        schema = pa.schema([(name, pa.string()) for name in text])
-        options = pa.json.ParseOptions(explicit_schema=schema)
-        blocks = pa.json.ReadOptions(block_size=_LONGEST_ROW)
-        return pa.json.read_json(path, read_options=blocks, parse_options=options).select(columns)
-    except _READ_ERRORS as error:
-        raise _unreadable(path, kind, error) from error
+            return pa.parquet.read_table(path, columns=columns, partitioning=None)
+        if kind == "npz":
+            raise ValueError("it holds arrays; a table is a .parquet, .csv or .jsonl file")
+        return (csv_columns if kind == "csv" else json_rows).read_columns(path, columns, text)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a parquet, CSV or JSON file; cells of CSV are text."""
+    kind = kind_of(path)
+    with _reading(path, kind):
+        if kind == "json":
+            return list(json_rows.read_rows(path))
+        names = column_names(path)
+        require_columns(names, names, str(path))
+        return list(read_table(path, names, names).to_pylist())
 
 
 def read_arrays(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     """The named arrays of an .npz file."""
+    with _reading(path, "npz"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in names}
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Errors inside name the file, and the encoding where it is another than UTF-8."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+        yield
+    except DataError:
+        raise
     except _READ_ERRORS as error:
-        raise _unreadable(path, "npz", error) from error
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
-    return DataError(f"{path}: not a readable {kind} file: {error}")
-
-
-def _is_array(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        while (first := file.read(1)).isspace():
-            pass
-    return first == "["
-
-
-def _array(path: Path, columns: list[str], text: list[str]) -> pa.Table:
-    rows = _rows(path)
-    read = {name: [row.get(name) for row in rows] for name in columns}
-    return pa.table({name: pa.array(read[name], pa.string() if name in text else None) for name in columns})
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"entry {number} of its array is not an object")
-    return list(rows)
-
-
-def _first_keys(path: Path) -> list[str]:
-    if _is_array(path):
-        return list(next(iter(_rows(path)), {}))
-    with path.open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    row = json.loads(first) if first else None
-    if not isinstance(row, dict):
-        raise ValueError("its first line is not a JSON object (one object a line, or one array of them, is expected)")
-    return list(row)
+        reason: Exception = error
+        if kind in ("csv", "json") and not isinstance(error, OSError):
+            try:
+                decoded(path.read_bytes())
+            except ValueError as better:
+                reason = better
+        raise DataError(f"{path}: not a readable {kind} file: {reason}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from polyrank.data.formats import require_columns
-from polyrank.data.source import DataError, Dataset, unknown
+from polyrank.data.source import DataError, Dataset, ImageRange, unknown
 from polyrank.data.tables import from_table, to_dataset, wanted_columns
 
 
@@ -26,6 +26,7 @@ def hub(
     test: str = "test",
     revision: str | None = None,
     data_files: dict[str, str] | None = None,
+    image_range: ImageRange | None = None,
 ) -> Dataset:
     """A Hugging Face hub data set by name (needs the extra `hub`).
 
@@ -42,11 +43,12 @@ def hub(
         test: the split for reporting; it must have labels.
         revision: a branch, tag or commit.
         data_files: split name to file, as in `datasets.load_dataset`.
+        image_range: the values of black and white in images of more than 8 bits, as in `files`.
 
     Raises:
         DataError: if the data set cannot be loaded, or for a split, column or value that cannot be used.
     """
-    wanted = wanted_columns(text, image, label, columns)
+    wanted = wanted_columns(text, image, label, columns, image_range)
     splits = [split for split in (train, validation, test) if split is not None]
     options = {"name": config, "revision": revision, "data_files": data_files}
     tables = hub_tables(path, [(split, wanted.all) for split in splits], **options)

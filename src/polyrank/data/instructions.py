@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from polyrank.core.rng import stream
-from polyrank.data.formats import column_names, read_table, require_columns
+from polyrank.data.formats import check_columns, read_table
 from polyrank.data.hub import hub_tables
+from polyrank.data.plain import plain_column
 from polyrank.data.prompts import CHAT, Template, check_template
 from polyrank.data.source import DataError, Dataset, Prompting, Source, Turn, stratified
-from polyrank.data.tables import plain_column
+from polyrank.data.tables import text_column
 
 
 class Fields(NamedTuple):
@@ -79,7 +80,7 @@ def instructions(
     prompting = _prompting(template, train_on_inputs, fields)
     wanted = {Path(path): fields.needed for path in (validation, test) if path is not None} | {Path(train): fields.all}
     for path, names in wanted.items():
-        require_columns(names, column_names(path), str(path))
+        check_columns(path, names)
     paths = [Path(path) for path in (train, validation, test) if path is not None]
     tables = [(str(path), read_table(path, wanted[path], fields.texts)) for path in paths]
     made = of_turns("instructions", tables, fields, prompting, validated=validation is not None)
@@ -191,11 +192,5 @@ def _categories(table: pa.Table, label: str | None, where: str) -> np.ndarray:
 def _turns(table: pa.Table, fields: Fields, where: str) -> list[Turn]:
     parts = []
     for name in (fields.instruction, fields.input, fields.response):
-        if name is None:
-            parts.append([""] * len(table))
-            continue
-        kind = table.schema.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise DataError(f"{where}: column {name!r} holds {kind}; it must hold strings")
-        parts.append([value or "" for value in table[name].to_pylist()])
+        parts.append([""] * len(table) if name is None else text_column(table[name], name, where))
     return [Turn(*row) for row in zip(*parts, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet
 from polyrank.data.formats import kind_of
 from polyrank.data.per_client import read_manifest
 from polyrank.data.source import DataError, Kind
+from polyrank.files import from_json, read_text
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _classes(given: Path | list[str] | None) -> int | None:
     if isinstance(given, list):
         return len(given)
     try:
-        return len(json.loads(given.read_text())) if given is not None else None
+        return len(from_json(read_text(given))) if given is not None else None
     except (OSError, ValueError):
         return None  # loading the data will say what is wrong with it
 

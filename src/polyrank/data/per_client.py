@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +20,9 @@ import pyarrow.parquet
 
 from polyrank.data.formats import read_table
 from polyrank.data.instructions import Fields, of_turns
-from polyrank.data.source import DataError, Dataset, Prompting, Source, Turn
+from polyrank.data.source import DataError, Dataset, Origin, Prompting, Source, Turn
 from polyrank.data.tables import Raw, read_raw, to_dataset, wanted_columns
-from polyrank.files import whole_folder, write_json
+from polyrank.files import from_json, read_text, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 _VERSION = 1
@@ -133,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read, and polyrank data --export would have written it: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:
@@ -151,12 +150,17 @@ def _classified(
     name: str, options: Mapping[str, Any], parts: Sequence[Path], others: Sequence[Path]
 ) -> tuple[Dataset, list[int]]:
     """A data set whose train is all `parts`, in order, and how many examples each has."""
-    wanted = wanted_columns(options.get("text"), options.get("image"), options["label"], options["columns"])
+    image_range = None if options.get("image_range") is None else tuple(options["image_range"])
+    wanted = wanted_columns(
+        options.get("text"), options.get("image"), options["label"], options["columns"], image_range
+    )
     raws = [read_raw(path, wanted) for path in parts]
     inputs: Any = [raw.inputs for raw in raws]
     joined = np.concatenate(inputs) if isinstance(inputs[0], np.ndarray) else [item for part in inputs for item in part]
     columns = {other: np.concatenate([raw.columns[other] for raw in raws]) for other in wanted.others}
-    train = Raw(str(parts[0].parent), joined, np.concatenate([raw.labels for raw in raws]), columns)
+    labels = np.concatenate([raw.labels for raw in raws])
+    origin = Origin.whole(*((raw.where, len(raw.labels)) for raw in raws))
+    train = Raw(str(parts[0].parent), joined, labels, columns, origin=origin, image_range=wanted.image_range)
     splits = [train, *(read_raw(path, wanted._replace(others=[])) for path in others)]
     return to_dataset(name, wanted.kind, splits, options["classes"]), [len(raw.labels) for raw in raws]
 
@@ -190,7 +194,9 @@ def _options(dataset: Dataset, columns: Mapping[str, str]) -> dict[str, Any]:
     """What reads the files: the options of `files` or `instructions`, but for the files."""
     others = list(dataset.train.columns)
     if dataset.kind != "causal":
-        return {"name": "files", **columns, "columns": others, "classes": list(dataset.classes)}
+        span = dataset.train.image_range
+        more = {} if span is None else {"image_range": list(span)}
+        return {"name": "files", **columns, "columns": others, "classes": list(dataset.classes), **more}
     asked = dataset.prompting or Prompting()
     template = _TEMPLATE if Path(asked.template).is_file() else asked.template
     parts = {part: columns.get(part) for part in (*Turn._fields, "label")}
@@ -217,7 +223,8 @@ def _write(path: Path, source: Source, classes: Sequence[str], columns: Mapping[
             texts = [item if isinstance(item, str) else getattr(item, part) for item in source.inputs]
             written[name] = pa.array(texts, pa.string())
     for name, values in others.items():
-        written[name] = pa.array(values.tolist(), pa.int64() if values.dtype.kind in "iu" else pa.string())
+        numbers = pa.uint64() if values.dtype == np.uint64 else pa.int64()
+        written[name] = pa.array(values.tolist(), numbers if values.dtype.kind in "iu" else pa.string())
     pa.parquet.write_table(pa.table(written), path)
 
 

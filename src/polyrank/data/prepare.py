@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from PIL import Image
 
 from polyrank.data.cache import cache_path, log, replacing
+from polyrank.data.images import Scale, read_image
 from polyrank.data.padding import RIGHT, Padding
 from polyrank.data.source import DataError, Source
 
 _TEXTS_AT_ONCE = 1000
+_DECODING = 2  # part of the name of decoded images that are kept: raised when the same bytes come to mean other pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,9 @@ def prepare_text(
             becomes one padding token, so that no row of a batch is empty.
         pad_id: the padding token.
         fingerprint: says all that decides what `encode` returns (tokenizer, its files, largest length).
+
+    Raises:
+        DataError: if the tokens of a text tell no more than its length.
     """
     path = cache_path(source.inputs, "text", fingerprint, pad_id, suffix=".npz")
     ready = read_arrays_of(path, len(source), "ids", "offsets") if path else None
@@ -120,13 +124,15 @@ def prepare_text(
         if path:
             with replacing(path) as temporary:
                 np.savez(temporary, ids=ready[0], offsets=ready[1])
+    _check_tokens(source.inputs, *ready)
     return TextSplit(ready[0], ready[1], source.labels, pad_id)
 
 
 def prepare_images(source: Source, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> ImageSplit:
     """Decodes and resizes a split once; the next call with the same images and size maps the result from disk.
 
-    Each image becomes RGB (3 channels) or grey (1), and is resized to size x size, bilinear, whatever its shape.
+    Each image becomes RGB (3 channels) or grey (1), and is resized to size x size, bilinear, whatever its shape; see
+    `read_image`.
 
     Args:
         source: encoded or raw images, and labels.
@@ -134,6 +140,9 @@ def prepare_images(source: Source, size: int, channels: int, mean: Sequence[floa
         channels: 3 or 1.
         mean: per channel, in units of full intensity; one value serves all channels.
         std: per channel, likewise.
+
+    Raises:
+        DataError: naming the file and the row of an image that cannot be read, rows counted from 1.
     """
     if channels not in (1, 3):
         raise DataError(f"images have 1 or 3 channels, not {channels}")
@@ -141,16 +150,17 @@ def prepare_images(source: Source, size: int, channels: int, mean: Sequence[floa
     if not len(mean) == len(std) == channels:
         raise DataError(f"images of {channels} channels need as many means and deviations; got {mean} and {std}")
     shape = (len(source), channels, size, size)
-    path = cache_path(source.inputs, "images", size, channels, suffix=".npy") if len(source) else None
+    coded = () if isinstance(source.inputs, np.ndarray) else (_DECODING, source.image_range)
+    path = cache_path(source.inputs, "images", size, channels, *coded, suffix=".npy") if len(source) else None
     if path is None:
         pixels = np.empty(shape, np.uint8)
-        _decode(source.inputs, pixels)
+        _decode(source, pixels)
         return ImageSplit(pixels, source.labels, mean, std)
     pixels = _map_pixels(path, shape)
     if pixels is None:
         with replacing(path) as temporary:
             written = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            _decode(source.inputs, written)
+            _decode(source, written)
             written.flush()
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return ImageSplit(pixels, source.labels, mean, std)
@@ -197,24 +207,34 @@ def _tokenise(
     return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _decode(inputs: list[bytes] | np.ndarray, pixels: np.ndarray) -> None:
+def _check_tokens(texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
+    """Refuses tokens that tell texts apart by their length alone, as those of words that a tokenizer does not know do.
+
+    The longest rows are left out: they may be cut off.
+    """
+    lengths = np.diff(offsets[: _TEXTS_AT_ONCE + 1])
+    whole = np.flatnonzero(lengths < lengths.max(initial=0))
+    different = len({texts[row] for row in whole.tolist()})
+    rows = len({ids[offsets[row] : offsets[row + 1]].tobytes() for row in whole.tolist()})
+    if different >= 10 and rows <= different / 2 and rows == len(set(lengths[whole].tolist())):
+        raise DataError(
+            f"the tokenizer makes the same tokens of all texts of a length, {rows} different rows of {different} different"
+            " texts: it does not know their words. Is it the model's, and is the model one of this language?"
+        )
+
+
+def _decode(source: Source, pixels: np.ndarray) -> None:
     """Fills `pixels` (N, C, H, W) from encoded images or raw ones (N, H, W, C)."""
+    inputs: Any = source.inputs
     channels, size = pixels.shape[1:3]
     if isinstance(inputs, np.ndarray) and inputs.shape[1:] == (size, size, channels):
         pixels[...] = inputs.transpose(0, 3, 1, 2)
         return
-    mode = "RGB" if channels == 3 else "L"
-    for row, item in enumerate(inputs):
-        image = _open(item, row, mode)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        pixels[row] = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-
-
-def _open(item: bytes | np.ndarray, row: int, mode: str) -> Image.Image:
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item).convert(mode)
-    try:
-        return Image.open(io.BytesIO(item)).convert(mode)
-    except OSError as error:  # unknown formats and images that break off alike
-        raise DataError(f"image {row} of {len(item)} bytes cannot be decoded: {error}") from error
+    scale = Scale(source.image_range)
+    for index, item in enumerate(inputs):
+        try:
+            pixels[index] = read_image(item, size, channels, scale).transpose(2, 0, 1)
+        except DataError as error:
+            file, row = source.origin.place(index) if source.origin else ("data", index + 1)
+            raise DataError(f"{file}: the image in row {row} cannot be read: {error}") from error
+    scale.check(str(source.origin or "data"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from polyrank.data.source import DataError, Prompting, Turn, unknown
+from polyrank.files import from_json, read_text
 
 FOLDER = Path(__file__).with_name("templates")
 CHAT = "chat"
@@ -55,7 +56,7 @@ def _read(template: str) -> dict[str, str]:
         said = template if path.suffix else path.name
         raise unknown("template", said, [*sorted(p.stem for p in FOLDER.glob("*.json")), CHAT, "a JSON file"])
     try:
-        forms: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        forms: dict[str, str] = from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"data.template: {path}: not JSON: {error}") from None
     for key, fields in _FORMS.items():

@@ -15,6 +15,10 @@ Kind = Literal["text", "image", "causal"]
 """What a model is given and asked: a text's class, an image's class, or a text's next tokens."""
 
 
+ImageRange = tuple[float, float]
+"""The values that are black and white in images of more than 8 bits."""
+
+
 class DataError(InputError):
     """Data that cannot be used; the message names the file, the key, the value and what would be valid."""
 
@@ -26,9 +30,10 @@ def unknown(what: str, value: object, valid: Iterable[object], where: str = "") 
     train.parquet: no column 'lable'; did you mean 'label'? There are: label, text
     """
     names = [str(name) for name in valid]
+    listed = [name if name == name.strip() else repr(name) for name in names[:20]]
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    shown = ", ".join(listed) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return DataError(f"{where + ': ' if where else ''}no {what} {str(value)!r}{hint} There are: {shown or 'none'}")
 
 
@@ -54,6 +59,37 @@ class Prompting:
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """Which rows of which files examples are, so that a message can name one.
+
+    Attributes:
+        files: each file with its number of rows.
+        rows: of each example, counted from 0 through all files, int64 (N,).
+    """
+
+    files: tuple[tuple[str, int], ...]
+    rows: np.ndarray
+
+    @classmethod
+    def whole(cls, *files: tuple[str, int]) -> Origin:
+        """Of all rows of the files, in order."""
+        return cls(files, np.arange(sum(rows for _, rows in files)))
+
+    def __str__(self) -> str:
+        more = len(self.files) - 1
+        return self.files[0][0] + (f" and {more} more" if more else "")
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of an example, and its row there, counted from 1."""
+        row = int(self.rows[index])
+        for name, rows in self.files:
+            if row < rows:
+                return name, row + 1
+            row -= rows
+        raise IndexError(f"row {row} after the last")
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
     """One split.
 
@@ -61,11 +97,15 @@ class Source:
         inputs: texts, encoded images (JPEG, PNG, ...), raw images as uint8 (N, H, W, C), or instructions.
         labels: class numbers, int64 (N,); of instructions, a category that no model learns.
         columns: every other column that was asked for, by name, each (N,); for example natural client names.
+        origin: where the examples are from, if that is files.
+        image_range: the values of black and white in encoded images of more than 8 bits, if not those by default.
     """
 
     inputs: list[str] | list[bytes] | list[Turn] | np.ndarray
     labels: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    origin: Origin | None = None
+    image_range: ImageRange | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,7 +115,8 @@ class Source:
         inputs = self.inputs
         chosen: Any = inputs[indices] if isinstance(inputs, np.ndarray) else [inputs[i] for i in indices.tolist()]
         columns = {name: column[indices] for name, column in self.columns.items()}
-        return Source(chosen, self.labels[indices], columns)
+        origin = self.origin and replace(self.origin, rows=self.origin.rows[indices])
+        return replace(self, inputs=chosen, labels=self.labels[indices], columns=columns, origin=origin)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -17,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from polyrank.errors import InputError
 
 AUTHORITY_DAYS, SERVER_DAYS = 3650, 365
 _CURVE = ec.SECP384R1()
@@ -29,13 +34,13 @@ def authority(now: datetime | None = None) -> tuple[bytes, bytes]:
     key = ec.generate_private_key(_CURVE)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "polyrank deployment authority")])
     usage = _usage(key_cert_sign=True, crl_sign=True)
-    certificate = (
+    signed = (
         _builder(name, name, key.public_key(), now, AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
     )
-    return _private_pem(key), certificate.public_bytes(Encoding.PEM)
+    return _private_pem(key), signed.public_bytes(Encoding.PEM)
 
 
 def server_certificate(
@@ -51,21 +56,21 @@ def server_certificate(
         days: for how long.
     """
     issuer = x509.load_pem_x509_certificate(ca_certificate)
-    signer = load_pem_private_key(ca_key, None)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    authority_key = load_pem_private_key(ca_key, None)
+    assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(_CURVE)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *_ALWAYS])]
-    certificate = (
+    signed = (
         _builder(subject, issuer.subject, key.public_key(), now, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-        .sign(signer, hashes.SHA384())
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA384())
     )
-    return _private_pem(key), certificate.public_bytes(Encoding.PEM)
+    return _private_pem(key), signed.public_bytes(Encoding.PEM)
 
 
 def node_keys(name: str) -> tuple[bytes, bytes]:
@@ -76,9 +81,44 @@ def node_keys(name: str) -> tuple[bytes, bytes]:
     return private, public + f" {name}\n".encode()
 
 
-def expires(certificate: bytes) -> datetime:
+def expires(pem: bytes) -> datetime:
     """When a certificate (PEM) ends."""
-    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+    return x509.load_pem_x509_certificate(pem).not_valid_after_utc
+
+
+def certificate(path: Path) -> bytes:
+    """The certificate in a file, PEM.
+
+    Raises:
+        InputError: if it holds none.
+    """
+    pem = path.read_bytes()
+    try:
+        x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise InputError(f"{path}: not a certificate in PEM: {error}") from None
+    return pem
+
+
+def trust(authority: Path) -> ssl.SSLContext:
+    """What trusts the authority whose certificate is in a file, and nobody else."""
+    certificate(authority)
+    return ssl.create_default_context(cafile=str(authority))
+
+
+def signer(key: Path) -> bytes:
+    """An authority's private key, PEM, from a file.
+
+    Raises:
+        InputError: if it holds none.
+    """
+    pem = key.read_bytes()
+    try:
+        if isinstance(load_pem_private_key(pem, None), ec.EllipticCurvePrivateKey):
+            return pem
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        pass
+    raise InputError(f"{key}: not the private key that `polyrank deploy init` wrote; put it back")
 
 
 def _builder(

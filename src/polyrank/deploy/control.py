@@ -41,7 +41,7 @@ def connect(deployment: Deployment) -> None:
         f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress = "{deployment.superlink}"\n'
         f'root-certificates = "{deployment.authority}"\n'
     )
-    (deployment.home / "config.toml").write_text(text)
+    (deployment.home / "config.toml").write_text(text, encoding="utf-8")
 
 
 def register(deployment: Deployment, name: str) -> str:

@@ -45,7 +45,7 @@ class Document:
     @contextmanager
     def change(self) -> Iterator[dict[str, Any]]:
         """The object to be changed, which is on disk once the context ends well, and as it was otherwise."""
-        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+        with open(self.path.with_name(f".{self.path.name}.lock"), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             value = self.read()
             yield value

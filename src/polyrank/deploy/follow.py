@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import TypedDict
+
 from polyrank.deploy import control
 from polyrank.deploy.control import ControlError
 from polyrank.deploy.layout import DeployError, Deployment
+from polyrank.experiment import shapes
 from polyrank.experiment.following import Following
 from polyrank.experiment.store import Run
 
@@ -52,6 +55,13 @@ class Outcome:
         return f"run {self.run_id} is {self.status}{why}"
 
 
+class Submission(TypedDict):
+    """A line of the book of runs: Flower's id, and the run's folder."""
+
+    id: str
+    folder: str
+
+
 class Shown(Protocol):
     """Who is told of rounds as they end, for example `polyrank.report.progress.Progress`."""
 
@@ -68,16 +78,14 @@ def submit(deployment: Deployment, stored: Run) -> str:
     if re.search(r"[\"'\\\n]", folder):
         raise DeployError(f"{folder}: Flower cannot be told a path with quotes or backslashes")
     run_id = control.start_run(deployment, folder)
-    with open(_book(deployment), "a") as file:
+    with open(_book(deployment), "a", encoding="utf-8") as file:
         file.write(json.dumps({"id": run_id, "folder": folder}) + "\n")
     return run_id
 
 
 def submitted(deployment: Deployment) -> dict[str, str]:
     """Folders of all runs that were submitted, by Flower's id, in order."""
-    book = _book(deployment)
-    lines = book.read_text().splitlines() if book.is_file() else []
-    return {entry["id"]: entry["folder"] for entry in map(json.loads, lines)}
+    return {entry["id"]: entry["folder"] for entry in shapes.read_lines(_book(deployment), Submission, "a run")}
 
 
 def active(deployment: Deployment, stored: Run) -> str | None:

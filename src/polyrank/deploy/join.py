@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from polyrank.deploy import supervise
+from polyrank.deploy.certificates import trust
 from polyrank.deploy.control import plain
 from polyrank.deploy.layout import LOOPBACK, DeployError, Node, environment, free_port, program, write_private
 from polyrank.deploy.supervise import Service
@@ -80,7 +80,9 @@ def join(
     """
     node = Node.open(folder)
     address, config = superlink or node.superlink, (site or node.folder / "site.yaml").resolve()
-    _check(node, address, config, data)
+    if not _ADDRESS.fullmatch(address):
+        raise DeployError(f"{'--superlink' if superlink else node.about}: {address!r} is not host:port")
+    _check(node, config, data)
     if check:
         from polyrank.deploy.check import check as look  # heavy
 
@@ -102,7 +104,7 @@ def connected(node: Node, patience: float) -> str | None:
     """Waits for a node that `join` has started; returns the id Flower knows it by, or None if it is not connected."""
     log, deadline = node.logs / f"{SUPERNODE}.log", time.monotonic() + patience
     while True:
-        text = plain(log.read_text(errors="replace")) if log.is_file() else ""
+        text = plain(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else ""
         last = text.rpartition(f"] {SUPERNODE} starts\n")[2] if "[supervisor]" in text else ""
         last = last if last else text
         if found := _CONNECTED.search(last):
@@ -118,7 +120,7 @@ def preflight(node: Node, superlink: str) -> bool:
     Raises:
         DeployError: if its certificate is not of the node's authority or not for this address, or clocks differ.
     """
-    trusted = ssl.create_default_context(cafile=str(node.authority))
+    trusted = trust(node.authority)
     try:
         with httpx.Client(verify=trusted, trust_env=True, timeout=10) as client:
             before = time.time()
@@ -139,9 +141,7 @@ def preflight(node: Node, superlink: str) -> bool:
     return True
 
 
-def _check(node: Node, superlink: str, site: Path, data: Path | None) -> None:
-    if not _ADDRESS.fullmatch(superlink):
-        raise DeployError(f"--superlink: {superlink!r} is not host:port")
+def _check(node: Node, site: Path, data: Path | None) -> None:
     if not site.is_file():
         raise DeployError(f"--config: {site}: no such file")
     if data is not None and not data.exists():

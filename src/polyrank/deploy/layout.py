@@ -20,10 +20,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from polyrank.errors import InputError
+from polyrank.experiment.shapes import check
+from polyrank.files import from_json
 
 LINK = "deploy"  # what Flower's command line calls the SuperLink
 LOOPBACK = "127.0.0.1"
+_UNLIKE = "not as `polyrank deploy init` wrote it"
 
 
 class DeployError(InputError):
@@ -102,11 +107,11 @@ class Deployment(Place):
     @cached_property
     def settings(self) -> Settings:
         path = self.folder / "deploy.json"
+        plain = _read(path, Settings)
         try:
-            plain = json.loads(path.read_text())
             return Settings(**{**plain, "hosts": tuple(plain["hosts"]), "names": tuple(plain["names"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DeployError(f"{path}: not as `polyrank deploy init` wrote it: {error}") from None
+        except TypeError as error:
+            raise DeployError(f"{path}: {_UNLIKE}: {error}") from None
 
     @property
     def superlink(self) -> str:
@@ -154,7 +159,7 @@ class Node(Place):
     @property
     def superlink(self) -> str:
         """``host:port`` as the server's operator wrote it."""
-        return str(self._about()["superlink"])
+        return self._about()["superlink"]
 
     @property
     def key(self) -> Path:
@@ -168,12 +173,29 @@ class Node(Place):
     def secret(self) -> Path:
         return self.folder / "state" / "superexec.secret"
 
-    def _about(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.about.read_text())
-            return {"name": found["name"], "superlink": found["superlink"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DeployError(f"{self.about}: not as `polyrank deploy init` wrote it: {error}") from None
+    def _about(self) -> About:
+        found: About = _read(self.about, About)
+        return found
+
+
+class About(TypedDict):
+    """node.json: the node's name, and ``host:port`` of the server."""
+
+    name: str
+    superlink: str
+
+
+def _read(path: Path, shape: Any) -> Any:
+    """What `init` has written into a file."""
+    try:
+        value = from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeployError(f"{path}: {_UNLIKE}: {error}") from None
+    try:
+        check(shape, value, f"{path}: {_UNLIKE}")
+    except InputError as error:
+        raise DeployError(str(error)) from None
+    return value
 
 
 def opened(folder: Path) -> Deployment | Node:

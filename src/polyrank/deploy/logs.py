@@ -31,7 +31,7 @@ def last(place: Deployment | Node, who: str | None, lines: int) -> list[str]:
     found = logs(place, who)
     shown = []
     for name, path in found.items():
-        text = control.plain(path.read_text(errors="replace")).splitlines()
+        text = control.plain(path.read_text(encoding="utf-8", errors="replace")).splitlines()
         shown += [_named(name, line, len(found)) for line in text[max(len(text) - lines, 0) :]]
     return shown
 

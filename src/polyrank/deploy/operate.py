@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import ssl
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,9 +13,10 @@ from typing import Any
 import httpx
 
 from polyrank.deploy import control, supervise
-from polyrank.deploy.certificates import expires
+from polyrank.deploy.certificates import certificate, expires, trust
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Place, environment, nginx, program
 from polyrank.deploy.supervise import Service
+from polyrank.experiment import shapes
 from polyrank.files import write_json, write_text
 
 SUPERLINK, SUPEREXEC, GATEWAY = "superlink", "superexec", "gateway"
@@ -136,8 +135,8 @@ def remove(deployment: Deployment, name: str) -> None:
 
 def node_ids(deployment: Deployment) -> dict[str, str]:
     """Ids of the nodes that were registered, by name."""
-    path = _ids_file(deployment)
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    ids: dict[str, str] | None = shapes.read(_ids_file(deployment), dict[str, str])
+    return ids or {}
 
 
 def online(deployment: Deployment) -> dict[str, str]:
@@ -150,7 +149,7 @@ def status(deployment: Deployment) -> dict[str, Any]:
     """What runs, who is connected, and until when the certificate is valid."""
     from polyrank.deploy.follow import submitted
 
-    until = expires((deployment.folder / "server" / "server.crt").read_bytes())
+    until = expires(certificate(deployment.folder / "server" / "server.crt"))
     found: dict[str, Any] = {
         "processes": processes(deployment),
         "healthy": healthy(deployment, deployment.settings.superlink_port),
@@ -177,7 +176,7 @@ def down(place: Place) -> list[str]:
 
 def healthy(deployment: Deployment, port: int) -> bool:
     """Whether the server answers on a port, with a certificate of the deployment's authority."""
-    trusted = ssl.create_default_context(cafile=str(deployment.authority))
+    trusted = trust(deployment.authority)
     try:
         with httpx.Client(verify=trusted, trust_env=False, timeout=5) as client:
             return client.get(f"https://{LOOPBACK}:{port}/health").status_code == 200

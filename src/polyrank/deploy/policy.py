@@ -18,8 +18,7 @@ from polyrank.core.lowrank import nbytes
 from polyrank.core.privacy import Privacy
 from polyrank.core.types import LocalTraining, Task
 from polyrank.engines.announcement import Announcement
-from polyrank.experiment.components import Strict
-from polyrank.experiment.config import Count
+from polyrank.experiment.components import Count, Strict
 from polyrank.experiment.units import Memory
 from polyrank.local.dpsgd import pass_bytes, rate, steps
 

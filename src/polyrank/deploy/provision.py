@@ -107,9 +107,8 @@ def renew(deployment: Deployment, days: int = certificates.SERVER_DAYS) -> None:
     ca_key = deployment.folder / "ca" / "ca.key"
     if not ca_key.is_file():
         raise DeployError(f"{ca_key}: is not there; put the authority's key back for as long as this takes")
-    key, certificate = certificates.server_certificate(
-        ca_key.read_bytes(), deployment.authority.read_bytes(), deployment.settings.hosts, days=days
-    )
+    signer, authority = certificates.signer(ca_key), certificates.certificate(deployment.authority)
+    key, certificate = certificates.server_certificate(signer, authority, deployment.settings.hosts, days=days)
     for name, content in (("server.key", key), ("server.crt", certificate)):
         path = deployment.folder / "server" / name
         write_bytes(path, content)

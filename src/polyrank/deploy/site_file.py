@@ -9,10 +9,11 @@ from pydantic import model_validator
 from polyrank.core.privacy import Privacy
 from polyrank.deploy.consent import Approve
 from polyrank.deploy.policy import BudgetConfig, LimitsConfig, PolicyConfig
-from polyrank.experiment.components import Strict, entry_model, union_of
-from polyrank.experiment.config import ConfigError, Count, PrivacyConfig, Resources
+from polyrank.experiment.components import Processes, Strict, entry_model, union_of
+from polyrank.experiment.config import ConfigError, PrivacyConfig, Resources
 from polyrank.experiment.loading import anchored, located, read_yaml, validated
 from polyrank.experiment.tables import DATASETS
+from polyrank.files import read_text
 
 DataConfig = union_of(entry_model(name, function) for name, function in DATASETS.items())
 
@@ -58,7 +59,7 @@ class SiteConfig(Resources):
     approve: Approve = "auto"
     policy: PolicyConfig | None = None
     device: str = "auto"
-    threads: Count | None = None
+    threads: Processes | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SiteConfig:
@@ -88,7 +89,7 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
         ConfigError: naming the file, the key, the value and what would be valid.
     """
     try:
-        raw = read_yaml(path.read_text())
+        raw = read_yaml(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

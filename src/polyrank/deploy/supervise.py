@@ -52,7 +52,7 @@ def start(folder: Path, services: Sequence[Service], environment: Mapping[str, s
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     stored = folder / "services.json"
-    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         json.dump([asdict(service) for service in services], file)
     command = [sys.executable, "-P", __file__, str(folder), "--detach"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=folder, env=dict(environment))
@@ -94,8 +94,8 @@ def running(folder: Path, name: str) -> int | None:
 def started(pid: int) -> str | None:
     """When a process started, as a word that no later process with its pid shares; None if it does not run."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return None if stat[0] in "ZX" else f"{boot}:{stat[19]}"
     except OSError:
         if Path("/proc/self/stat").exists():
@@ -175,7 +175,7 @@ class _Kept:
         _write(self.folder, service.name, self.process.pid)
 
     def _note(self, text: str) -> None:
-        with open(self.service.log, "a") as log:
+        with open(self.service.log, "a", encoding="utf-8") as log:
             log.write(f"[supervisor] {time.strftime('%Y-%m-%d %H:%M:%S')} {self.service.name} {text}\n")
 
 
@@ -208,7 +208,7 @@ def _group_members(pid: int) -> Iterator[int]:
     """Members of a process group, where the system lists them in /proc."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError):
-            if int(stat.read_text().rpartition(")")[2].split()[2]) == pid:
+            if int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[2]) == pid:
                 yield int(stat.parent.name)
 
 
@@ -225,14 +225,14 @@ def _until(done: Callable[[], bool], patience: float) -> bool:
 def _write(folder: Path, name: str, pid: int) -> None:
     path = folder / f"{name}.pid"
     temporary = folder / f".{name}.tmp"
-    temporary.write_text(json.dumps({"pid": pid, "started": started(pid)}))
+    temporary.write_text(json.dumps({"pid": pid, "started": started(pid)}), encoding="utf-8")
     os.replace(temporary, path)
 
 
 def _read(folder: Path, name: str) -> tuple[int, str]:
     """The pid in a pid file and when its process started; nothing of a file that is not there or not whole."""
     try:
-        found = json.loads((folder / f"{name}.pid").read_text())
+        found = json.loads((folder / f"{name}.pid").read_text(encoding="utf-8"))
         return int(found["pid"]), found["started"] or ""
     except (OSError, ValueError, KeyError, TypeError):
         return 0, ""
@@ -240,7 +240,7 @@ def _read(folder: Path, name: str) -> tuple[int, str]:
 
 def main(folder: Path, detach: bool) -> None:
     """Runs the services of a folder, in the background if asked."""
-    services = [Service(**entry) for entry in json.loads((folder / "services.json").read_text())]
+    services = [Service(**entry) for entry in json.loads((folder / "services.json").read_text(encoding="utf-8"))]
     os.umask(0o077)
     if detach:
         if os.fork():

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from polyrank.files import from_json
+
 Event = Literal["joined", "received", "accepted", "refused", "declined", "late", "failed", "unanswered"]
 
 
@@ -33,7 +35,7 @@ class Journal:
         if self.path.is_file():
             for line in self.path.read_bytes().splitlines():
                 try:
-                    yield json.loads(line)
+                    yield from_json(line)
                 except ValueError:
                     continue  # cut short by a crash
 

@@ -27,6 +27,7 @@ _REASON = 500
 """Most signs of what a client gives as a reason."""
 _AWAY = -1
 """The address of nobody."""
+_YEAR = 31_536_000  # seconds
 _PATIENCE = 60.0
 """Seconds for which a newcomer is waited for, and after which one that failed is asked again."""
 
@@ -61,6 +62,15 @@ class Terms:
     down: Encoding = "float32"
     up: Encoding = "float32"
     poll: float = 0.5
+
+    def __post_init__(self) -> None:
+        least = {"clients": 1, "wait": 0, "deadline": 0.001, "quorum": 0, "attempts": 1, "oversample": 0, "poll": 0}
+        most = {"wait": _YEAR, "deadline": _YEAR, "quorum": 1, "oversample": 100, "poll": 3600}
+        for name, low in least.items():
+            value, high = getattr(self, name), most.get(name, math.inf)
+            if not low <= value <= high:
+                bound = f"between {low} and {high}" if name in most else f"at least {low}"
+                raise ValueError(f"deployment.{name}: {value} must be {bound}")
 
     def asked(self, cohort: int | None) -> int | None:
         """How many clients a round asks."""

@@ -27,6 +27,7 @@ from polyrank.core.lowrank import Adapter, LowRank, truncate
 from polyrank.core.privacy import Privacy
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.engines.encodings import CODECS, Encoding, relative_error
+from polyrank.files import from_json
 
 _FRAME = struct.Struct(">4sBI")
 _MAGIC, _VERSION = b"PRNK", 1
@@ -107,8 +108,8 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
         text = unpacker.decompress(blob[_FRAME.size : start], most + 1)
         if len(text) > most or not unpacker.eof or unpacker.unused_data:
             raise WireError(f"its header is longer than {most} bytes, or cut short")
-        header = json.loads(text, parse_constant=_no_constant)
-    except (zlib.error, ValueError, RecursionError) as error:
+        header = from_json(text, parse_constant=_no_constant)
+    except (zlib.error, ValueError) as error:
         raise WireError(f"its header cannot be read: {error}") from None
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise WireError(f"is no {kind}")

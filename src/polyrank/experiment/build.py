@@ -24,7 +24,7 @@ from polyrank.core.types import Client, Query, ServerState
 from polyrank.data import CausalSplit, warn_of_silent
 from polyrank.engines.announcement import Announcement, digest_of
 from polyrank.engines.audit import Audit
-from polyrank.engines.exchange import Remote, Terms
+from polyrank.engines.exchange import Remote
 from polyrank.engines.post import Post
 from polyrank.engines.simulator import Simulator
 from polyrank.engines.watched import Watched
@@ -46,7 +46,7 @@ from polyrank.experiment.planning import (
     unused_of,
 )
 from polyrank.experiment.shares import Shares, fleet_profiles, share_data
-from polyrank.experiment.start import first_state
+from polyrank.experiment.start import check_start, first_state
 from polyrank.local.adapters import AdapterInfo
 from polyrank.local.base import Base
 from polyrank.local.data import Indices
@@ -196,7 +196,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
             raise ConfigError("data.importance: missing; the server keeps no examples to measure importance on")
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
-    terms, run = Terms(**experiment.deployment.model_dump()), announced(experiment, ground, model, secret, name)
+    terms, run = experiment.terms(), announced(experiment, ground, model, secret, name)
     return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret, run))
 
 
@@ -257,7 +257,8 @@ def _ground(experiment: Experiment) -> _Ground:
     budgets = group_budgets(experiment, method, planned)
     rank = server_rank(experiment, budgets)
     check_rank(rank, planned, experiment)
-    for caution in cautions(empty):
+    unknown = check_start(experiment, method, planned.modules, rank, empty.info)
+    for caution in unknown + cautions(empty, experiment.model.export):
         _log.warning("%s", caution)
     shares = share_data(experiment)
     dataset, device = shares.dataset, pick_device(experiment.device)

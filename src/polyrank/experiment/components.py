@@ -16,6 +16,14 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+LARGEST = 2**31 - 1
+"""Of whole numbers, but for seeds."""
+
+Count = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+Processes = Annotated[int, Field(ge=1, le=1024, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]
+"""As large as every reader of JSON keeps it."""
+
 
 def did_you_mean(value: object, valid: Iterable[str]) -> str:
     """`` Did you mean 'x'? Valid: a, b, x.`` for an error message."""
@@ -43,13 +51,24 @@ class Strict(BaseModel):
 
 
 def parameters(function: Callable[..., Any], *, keyword_only: bool = True) -> dict[str, Any]:
-    """Field definitions, name -> (type, default), of a function's options."""
+    """Field definitions, name -> (type, default), of a function's options; whole numbers in them have bounds."""
     hints = get_type_hints(function, include_extras=True)
     return {
-        name: (hints[name], ... if p.default is inspect.Parameter.empty else p.default)
+        name: (
+            Annotated[hints[name], BeforeValidator(_bounded)],
+            ... if p.default is inspect.Parameter.empty else p.default,
+        )
         for name, p in inspect.signature(function).parameters.items()
         if p.kind is inspect.Parameter.KEYWORD_ONLY or not keyword_only
     }
+
+
+def _bounded(value: Any) -> Any:
+    """Refuses whole numbers that no option needs, and that something would loop or grow with."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
+            raise ValueError(f"must be between {-LARGEST} and {LARGEST}")
+    return value
 
 
 def entry_model(

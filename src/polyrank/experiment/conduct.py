@@ -103,7 +103,7 @@ def _alone(folder: Path) -> Iterator[None]:
     except ImportError:  # no such lock on this system
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -16,6 +16,9 @@ from polyrank.core.types import LocalTraining
 from polyrank.engines.exchange import Terms
 from polyrank.errors import InputError
 from polyrank.experiment.components import (
+    Count,
+    Processes,
+    Seed,
     Strict,
     bind,
     describe,
@@ -29,7 +32,7 @@ from polyrank.experiment.questions import ChoicesConfig, GenerateConfig
 from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS, SLOTS
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+_Rounds = Annotated[int, Field(ge=1, le=100_000, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Regime = Literal["federated", "single", "local", "zero_shot"]
 
@@ -50,6 +53,8 @@ class ModelConfig(Strict):
         alpha: scale = alpha / rank; equal to the rank if not given, so that the scale is 1.
         head: whether the classification head is trained and averaged, or stays as it started.
         adapter: a PEFT adapter to start from.
+        export: what is published of a run. PEFT cannot load the adapter of all targets of some models; such targets are
+            refused, but for ``merged``: the model with the adapter merged in has them all.
         dtype: of the base; ``float16`` on a GPU only.
         attention: ``eager``, ``sdpa`` (memory-efficient), or ``auto`` for the library's choice.
         quantize: ``8bit`` or ``4bit`` linear layers of the base, by bitsandbytes (extra ``quant``).
@@ -64,6 +69,7 @@ class ModelConfig(Strict):
     alpha: Annotated[float, Field(gt=0)] | None = None
     head: Literal["train", "freeze"] = "train"
     adapter: Path | None = None
+    export: Literal["adapter", "merged"] = "adapter"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     quantize: Quantization | None = None
@@ -171,7 +177,7 @@ class SimulationConfig(Strict):
 
     cache: CacheMemory = "auto"
     together: Literal["auto", "off"] | Count = "auto"
-    workers: Literal["auto"] | Count = 1
+    workers: Literal["auto"] | Processes = 1
 
 
 def _settings(made: type, name: str) -> Any:
@@ -212,7 +218,7 @@ class StudyConfig(Strict):
     """
 
     methods: list[str | Contender] = Field(default_factory=list)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    seeds: list[Seed] = Field(default_factory=list)
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
 
 
@@ -286,12 +292,12 @@ class Experiment(Strict):
         expected: the figure to reach, checked by tests.
     """
 
-    seed: Annotated[int, Field(ge=0)] = 0
-    rounds: Count
+    seed: Seed = 0
+    rounds: _Rounds
     cohort: Count | None = None
     absent: Probability = 0.0
     device: str = "auto"
-    threads: Count | None = None
+    threads: Processes | None = None
     model: ModelConfig
     data: DataConfig  # type: ignore[valid-type]
     fleet: list[Group] = Field(min_length=1)
@@ -319,6 +325,7 @@ class Experiment(Strict):
         protection = self.protection()
         check_privacy(protection, self.build_method(), self.local_training())
         self.gate()
+        self.terms()
         if self.trust.norm is not None and protection.on_server is not None:
             raise ValueError("trust.norm: not with privacy.clients: what one client sends would decide who else counts")
         return self
@@ -331,6 +338,10 @@ class Experiment(Strict):
     def local_training(self) -> LocalTraining:
         """The settings of a client's round."""
         return LocalTraining(**self.local.model_dump())
+
+    def terms(self) -> Terms:
+        """How a server waits for its clients."""
+        return Terms(**self.deployment.model_dump())
 
     def gate(self) -> Gate:
         """What an update must satisfy; where anything is protected, noise reaches where no optimizer does."""

@@ -189,7 +189,7 @@ class _Tail:
 def _json(path: Path) -> Record | None:
     """An object in a file; None where it is not there, or not whole yet."""
     try:
-        found = from_json(path.read_text())
+        found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

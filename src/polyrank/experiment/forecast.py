@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ _MOST_RANKS = 1024  # of a curve that is drawn
 _MOST_CLIENTS = 200  # that are planned one by one
 
 
+class Phase(NamedTuple):
+    """Rounds in which the same is trained: the first, how many, which factors, and the first one's tasks."""
+
+    round: int
+    factors: Factors
+    rounds: int
+    tasks: dict[str, Task]
+
+
 def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The plan of an experiment.
 
@@ -53,7 +62,8 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
         ``model`` (what costs are computed from), ``server_rank`` (LoKr's r where it is trained), ``groups`` (one object
         a device group: its budget and the limits behind it; of its first client the ranks by layer, memory by part,
         traffic and seconds by what is trained), ``clients`` (each client's first ranks), ``blocks`` (of the adapted
-        modules), ``scores``, ``trained`` (parameters that all clients together train, by what is trained), ``curves``
+        modules), ``scores``, ``trained`` (by what is trained: the first round, how many
+        there are, and the parameters that all clients together train), ``curves``
         (budget against memory and link speed), ``notes`` and ``seconds`` (that planning took).
     """
     started = time.perf_counter()
@@ -64,13 +74,14 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
     budgets = group_budgets(experiment, method, spec)
     rank = server_rank(experiment, budgets)
     check_rank(rank, spec, experiment)
-    check_start(experiment, method, spec.modules, rank)
+    unknown = check_start(experiment, method, spec.modules, rank, base.info)
     examples, notes = _examples(experiment)
+    notes += unknown
     names = [group.name or f"group {index}" for index, group in enumerate(experiment.fleet)]
     profiles = [profile_of(group, examples or 0) for group in experiment.fleet]
     sizes, clients = _clients(experiment)
     phases, unscored = _phases(experiment, method, spec, rank, {c: budgets[g] for c, g in clients.items()}, scores)
-    notes += _boost(experiment, method) + unscored + notes_of(spec) + cautions(base)
+    notes += _boost(experiment, method) + unscored + notes_of(spec) + cautions(base, experiment.model.export)
     firsts = [next((c for c, of in clients.items() if of == g), "") for g in range(len(names))]
     groups = [
         {
@@ -88,7 +99,7 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
             firsts, names, sizes, experiment.fleet, profiles, budgets, strict=True
         )
     ]
-    _, _, first = phases[0]
+    first = phases[0].tasks
     return {
         "model": _model(experiment, spec),
         "method": experiment.method.name,
@@ -102,11 +113,12 @@ def forecast(experiment: Experiment, scores: Mapping[str, float] | None = None) 
         "scores": dict(scores) if scores is not None else None,
         "trained": [
             {
-                "round": round_,
-                "factors": factors,
-                "parameters": sum(nbytes(task.adapter, factors) // 4 for task in tasks.values()),
+                "round": phase.round,
+                "rounds": phase.rounds,
+                "factors": phase.factors,
+                "parameters": sum(nbytes(task.adapter, phase.factors) // 4 for task in phase.tasks.values()),
             }
-            for round_, factors, tasks in phases
+            for phase in phases
         ],
         "curves": _curves(experiment, spec),
         "notes": notes + _warnings(groups),
@@ -176,29 +188,35 @@ def _phases(
     rank: int,
     budgets: Mapping[str, Budget],
     scores: Mapping[str, float] | None,
-) -> tuple[list[tuple[int, Factors, dict[str, Task]]], list[str]]:
-    """For each choice of factors the method makes: the first round with it, and its tasks. Tensors have no content.
+) -> tuple[list[Phase], list[str]]:
+    """What the method has trained, by each choice of factors it makes. Tensors have no content.
 
     A boosted warm-up counts as a choice of its own. Layers whose importance only a run can tell are taken for alike,
     and a note says so.
     """
     state = _empty_state(experiment, method, spec, rank)
-    local, seen, phases, asked = experiment.local_training(), set(), [], []
+    local = experiment.local_training()
+    phases: list[Phase] = []
+    asked: list[Query] = []
 
     def known(query: Query, state: ServerState) -> dict[str, float]:
         asked.append(query)
         return dict.fromkeys(spec.modules, 1.0) if scores is None else dict(scores)
 
+    rounds: dict[tuple[Factors, bool], list[int]] = {}  # the first with a choice, and how many
+    for round_ in range(experiment.rounds):
+        choice = method.factors(round_), method.boost is not None and round_ < method.boost.rounds
+        rounds.setdefault(choice, [round_, 0])[1] += 1
+    first = {start: (factors, count) for (factors, _), (start, count) in rounds.items()}
     learnt = ServerState(0, Adapter())  # nothing, as far as a scorer can see
     for round_ in range(experiment.rounds):
         learnt = scored(method, replace(learnt, round=round_), list(budgets), spec, experiment.seed, known)
-        factors = method.factors(round_)
-        choice = factors, method.boost is not None and round_ < method.boost.rounds
-        if choice not in seen:
-            seen.add(choice)
+        if round_ in first:
             now = replace(state, round=round_, scores=learnt.scores, memory=learnt.memory)
             tasks = plan(method, now, budgets, list(budgets), spec, local, experiment.seed)
-            phases.append((round_, factors, tasks))
+            phases.append(Phase(round_, *first[round_], tasks))
+        if asked and len(phases) == len(first):
+            break
     unscored = scores is None and (asked or not any(learnt.scores.values()))
     note = "importance is measured in the run; the ranks shown are those of equal scores"
     return phases, [note] if unscored else []
@@ -236,28 +254,34 @@ def _budget(budget: Budget, server: int | None) -> dict[str, Any]:
 
 def _tasks(
     key: str,
-    phases: list[tuple[int, Factors, dict[str, Task]]],
+    phases: list[Phase],
     spec: ModelSpec,
     profile: ClientProfile,
     *,
     timed: bool,
 ) -> dict[str, Any]:
     """What a group's client gets and sends, by what is trained."""
-    first = phases[0][2].get(key)
+    first = phases[0].tasks.get(key)
     if first is None:
         return {"ranks": {}, "peak": None, "peak_memory": None, "traffic": []}
     traffic = []
-    for round_, factors, tasks in phases:
-        task = tasks[key]
-        up, down = nbytes(task.adapter, factors), task.nbytes
+    for phase in phases:
+        task = phase.tasks[key]
+        up, down = nbytes(task.adapter, phase.factors), task.nbytes
         seconds = round_seconds(
-            profile if timed else replace(profile, flops=None), spec, task.local, _ranks(task), factors, down, up
+            profile if timed else replace(profile, flops=None), spec, task.local, _ranks(task), phase.factors, down, up
         )
         traffic.append(
-            {"round": round_, "factors": factors, "bytes_down": down, "bytes_up": up, "seconds": asdict(seconds)}
+            {
+                "round": phase.round,
+                "factors": phase.factors,
+                "bytes_down": down,
+                "bytes_up": up,
+                "seconds": asdict(seconds),
+            }
         )
     try:
-        worst = max((task_memory(spec, tasks[key]) for _, _, tasks in phases), key=lambda parts: parts.total)
+        worst = max((task_memory(spec, phase.tasks[key]) for phase in phases), key=lambda parts: parts.total)
         parts, peak = asdict(worst), worst.total
     except NoFormulaError:
         parts, peak = None, None

@@ -13,7 +13,7 @@ from polyrank.core.method import Method
 from polyrank.errors import shortened
 from polyrank.experiment.components import Strict, did_you_mean
 from polyrank.experiment.config import ConfigError, Experiment
-from polyrank.files import from_yaml
+from polyrank.files import from_yaml, read_text
 
 _MOST_LINES = 12  # of a message
 Section = TypeVar("Section", bound=Strict)
@@ -70,7 +70,7 @@ def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's mapping, laid over that of the file it ``extends``."""
     try:
-        raw = read_yaml(path.read_text())
+        raw = read_yaml(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -22,6 +22,7 @@ from polyrank.local.digits_base import digits_config, digits_vit
 from polyrank.local.lengths import check_length
 from polyrank.local.measure import device_memory
 from polyrank.local.peft_layers import loss, lost_layers
+from polyrank.local.pretrained import ModelError
 from polyrank.local.vocabulary import check_tokenizer
 
 _MOSTLY = 0.5  # of the backbone: more than this beyond the reach of adapters is said
@@ -68,11 +69,19 @@ def kind_of(experiment: Experiment) -> Kind:
     return outlined(experiment).kind
 
 
-def cautions(base: Base) -> list[str]:
-    """What there is to say of a model before it is loaded. The base, on the meta device, is of no use after."""
-    found = check_tokenizer(base.model, str(base.info.base)) if base.info.task else []
-    lost = lost_layers(base)
-    return found + ([loss(lost, len(base.spec.modules), base)] if lost else [])
+def cautions(base: Base, export: Literal["adapter", "merged"]) -> list[str]:
+    """What there is to say of a model before it is loaded. The base, on the meta device, is of no use after.
+
+    Raises:
+        ModelError: if PEFT would lose layers of the adapter, and an adapter is to be published.
+    """
+    notes = check_tokenizer(base.model, str(base.info.base)) if base.info.task else []
+    if lost := lost_layers(base):
+        message = loss(lost, len(base.spec.modules), base)
+        if export == "adapter":
+            raise ModelError(f"model.targets: {message}. Name other targets, or say `model.export: merged`")
+        notes.append(message)
+    return notes
 
 
 def from_config(experiment: Experiment, device: str) -> Base:
@@ -116,7 +125,7 @@ def calibration(experiment: Experiment) -> Calibration:
     path, found = experiment.costs.calibration, Calibration()
     if path is not None:
         try:
-            read = CalibrationFile.model_validate_json(path.read_text())
+            read = CalibrationFile.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
             raise ConfigError(f"costs.calibration: {path}: not a calibration of `polyrank profile`: {error}") from None
         found = Calibration(read.overhead, read.scale, read.constant, read.per_rank)

@@ -8,10 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from polyrank.data.choices import Layout
-from polyrank.experiment.components import Strict
+from polyrank.experiment.components import Count, Strict
 from polyrank.local.generate import Decoding
-
-_Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class ChoicesConfig(Strict):
@@ -41,8 +39,8 @@ class ChoicesConfig(Strict):
     letters: bool = False
     lead: str = ""
     template: str | None = None
-    samples: _Count | None = None
-    every: _Count | None = None
+    samples: Count | None = None
+    every: Count | None = None
 
     def layout(self) -> Layout:
         """Which columns say what."""
@@ -62,12 +60,12 @@ class GenerateConfig(Strict):
         every: rounds between measurements; only before and after the run if not given.
     """
 
-    samples: _Count = 5
-    max_tokens: _Count = 64
-    prompt_tokens: _Count = 16
+    samples: Count = 5
+    max_tokens: Count = 64
+    prompt_tokens: Count = 16
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    every: _Count | None = None
+    every: Count | None = None
 
     def decoding(self) -> Decoding:
         """How tokens are chosen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from polyrank.experiment.planning import profile_of
 from polyrank.experiment.tables import DATASETS, PARTITIONERS, SCORERS
 
 Indices = npt.NDArray[np.int64]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def share_data(experiment: Experiment) -> Shares:
     config, seed = experiment.data, experiment.seed
     options = {key: getattr(config, key) for key in parameters(DATASETS[config.name])}
     dataset = DATASETS[config.name](**options)
+    _check_classes(dataset, listed=options.get("classes", True) is not None)
     dataset = hold_out(dataset, config.hold_out, stream(seed, "hold-out"))
     dataset = limit(dataset, config.limit, stream(seed, "limit"))
     if dataset.importance is None and (kept := kept_for_importance(experiment)):
@@ -91,6 +95,23 @@ def share_data(experiment: Experiment) -> Shares:
     names = Numbered(len(partition)) if partition.names is None else Named(partition.names)
     evaluated = experiment.evaluate
     return Shares(dataset, partition, names, evaluated.client_hold_out if evaluated.clients else 0.0, seed)
+
+
+def _check_classes(dataset: Dataset, listed: bool) -> None:
+    """Refuses a training split of one class, unless a list of classes says that there are more.
+
+    A site may well hold examples of one class only; a whole experiment hardly does on purpose.
+    """
+    present = np.unique(dataset.train.labels)
+    if dataset.kind == "causal" or len(present) != 1:
+        return
+    name = dataset.classes[present[0]]
+    if len(dataset.classes) == 1 or not listed:
+        raise DataError(
+            f"{dataset.name}: every training example is of class {name!r}; a classifier learns two classes or more."
+            " Look at data.label and at the file, or list all classes in data.classes"
+        )
+    _log.warning("%s: every training example is of class %r, of %d", dataset.name, name, len(dataset.classes))
 
 
 def export_shares(folder: Path, experiment: Experiment, shares: Shares) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from polyrank.core.rng import stream
 from polyrank.core.types import ServerState
 from polyrank.experiment.config import Experiment
 from polyrank.local import lokr
-from polyrank.local.adapters import AdapterError, read_adapter
+from polyrank.local.adapters import AdapterError, AdapterInfo, read_adapter
 from polyrank.local.base import Base
+from polyrank.local.fingerprint import fingerprint
 from polyrank.local.same_model import under_names
 
 
@@ -50,7 +51,7 @@ def _first_lokr(experiment: Experiment, method: Method, base: Base) -> ServerSta
     fixed = lokr.scales(modules, scale)
     head = base.initial_head()
     if experiment.model.adapter is not None:
-        given, _ = read_adapter(experiment.model.adapter)
+        given = under_names(read_adapter(experiment.model.adapter)[0], [*factors, *head])
         _check_lokr(given, {**factors, **head}, experiment)
         for name, tensor in given.dense.items():
             if not lokr.is_scale(name):
@@ -62,25 +63,47 @@ def _first_lokr(experiment: Experiment, method: Method, base: Base) -> ServerSta
     return ServerState(0, Adapter({}, {**head, **factors}), Adapter({}, fixed))
 
 
-def check_start(experiment: Experiment, method: Method, modules: Mapping[str, Shape], rank: int) -> None:
-    """Refuses an adapter to start from whose layers do not fit the model, before any weights of it are loaded.
+def check_start(
+    experiment: Experiment, method: Method, modules: Mapping[str, Shape], rank: int, model: AdapterInfo
+) -> list[str]:
+    """Refuses an adapter to start from that does not fit the model, before any weights of it are loaded.
 
     Args:
         experiment: what is to be run.
         method: what it trains.
         modules: (d_out, d_in) of the targets.
         rank: the server's.
+        model: what an adapter of the experiment's model would say of it.
+
+    Returns:
+        What is not known of the adapter, as sentences.
 
     Raises:
-        AdapterError: if it cannot be read, is of another kind than the method trains, or is of another model.
+        AdapterError: if it cannot be read, is of another kind than the method trains, or is of another model or task.
     """
     if experiment.model.adapter is None:
-        return
-    given, _ = read_adapter(experiment.model.adapter)
+        return []
+    given, info = read_adapter(experiment.model.adapter)
     if method.form != "lokr":
         _check_layers(under_names(given, modules), modules, experiment, rank)
     elif given.layers:
         raise AdapterError(f"model.adapter: {experiment.model.adapter}: is a LoRA; the method lokr starts from a LoKr")
+    return _check_origin(info, model, experiment)
+
+
+def _check_origin(info: AdapterInfo, model: AdapterInfo, experiment: Experiment) -> list[str]:
+    """Its task is the experiment's, and so are the weights of its base; what cannot be compared is said."""
+    folder = experiment.model.adapter
+    if info.task and model.task and info.task != model.task:
+        raise AdapterError(f"model.adapter: {folder}: its task_type is {info.task}, the experiment's is {model.task}")
+    if not info.base or not model.base or info.base == model.base:
+        return []
+    prints = fingerprint(info.base, info.revision), fingerprint(model.base)
+    if None in prints:
+        return [f"model.adapter: {folder}: is of {info.base} by its config; taken to be the same as {model.base}"]
+    if len(set(prints)) > 1:
+        raise AdapterError(f"model.adapter: {folder}: is of {info.base}, whose weights are not those of {model.base}")
+    return []
 
 
 def _check_layers(given: Adapter, modules: Mapping[str, Shape], experiment: Experiment, rank: int) -> None:

@@ -146,16 +146,15 @@ def cost(experiment: Experiment) -> dict[str, Any]:
         ``bytes_up`` and ``bytes_down`` of all rounds, and ``peak_memory``, the largest client's in bytes (None where
         the cost model does not know the model). A regime in place of federation sends nothing.
     """
-    ahead, method = forecast(experiment), experiment.build_method()
-    factors = [method.factors(round_) for round_ in range(experiment.rounds)]
+    ahead = forecast(experiment)
     size = sum(group["clients"] or 0 for group in ahead["groups"])
     asked = min(experiment.cohort or size, size) / size if size else 0.0
     total = {"bytes_up": 0.0, "bytes_down": 0.0}
     if experiment.regime == "federated":
         for group in ahead["groups"]:
-            for phase in group["traffic"]:
-                rounds = sum(one == phase["factors"] for one in factors) * asked * (group["clients"] or 0)
-                total = {key: total[key] + phase[key] * rounds for key in total}
+            for phase, trained in zip(group["traffic"], ahead["trained"], strict=False):  # of no rank: no traffic
+                messages = trained["rounds"] * asked * (group["clients"] or 0)
+                total = {key: total[key] + phase[key] * messages for key in total}
     peaks = [group["peak_memory"] for group in ahead["groups"] if group["peak_memory"]]
     return {**{key: round(value) for key, value in total.items()}, "peak_memory": max(peaks, default=None)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -35,7 +34,10 @@ def _quantity(units: dict[str, int], example: str, *words: str) -> BeforeValidat
 
 def _share(value: Any) -> Any:
     try:
-        return float(Fraction(value)) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = re.fullmatch(r"\s*(\d{1,15})\s*/\s*(\d{1,15})\s*", value)
+        return int(parts[1]) / int(parts[2]) if parts else float(value)
     except (ValueError, ZeroDivisionError):
         raise ValueError("is not a share such as '1/3' or 0.25") from None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
+from polyrank.files import from_json
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = (
@@ -105,11 +105,11 @@ def _entries(path: Path) -> dict[str, Entry]:
             )
         file.seek(8)
         try:
-            header = json.loads(file.read(length))
+            header = from_json(file.read(length))
             header.pop("__metadata__", None)
             found = {name: Entry(x["dtype"], tuple(map(int, x["shape"]))) for name, x in header.items()}
             end = 8 + length + max((int(x["data_offsets"][1]) for x in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
             raise CheckpointError(f"{path}: not a safetensors file: its header cannot be read") from None
     if size != end:
         what = "incomplete" if size < end else "not a safetensors file"
@@ -136,7 +136,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         blob = path.read_bytes()
         _check_pointer(path, blob)
-        found = json.loads(blob)
+        found = from_json(blob)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from polyrank.errors import InputError
+from polyrank.errors import InputError, shortened
+from polyrank.files import from_json
 
 AUTO = {
     "text": "AutoModelForSequenceClassification",
@@ -16,6 +18,7 @@ AUTO = {
     "causal": "AutoModelForCausalLM",
 }
 WHAT = {"text": "text classifier", "image": "image classifier", "causal": "causal language model"}
+_COUNTS, _MOST_PARTS = re.compile(r"(layers?|depths?|blocks|experts)$"), 10_000
 _LONGEST = 300  # characters of a library's message
 
 
@@ -43,6 +46,24 @@ def check_kind(config: Any, kind: str, shown: str) -> None:
         f"{a(WHAT[kind])}, which the data ask for: {known} (text classifiers, image classifiers, causal language "
         "models)"
     )
+
+
+def check_counts(plain: Mapping[str, Any], shown: str, within: str = "") -> None:
+    """Refuses a config of more layers or experts than any model has: they would be built one by one, for ever.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            check_counts(value, shown, f"{within}{name}.")
+        elif _COUNTS.search(str(name)):
+            for count in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(count, int) and count > _MOST_PARTS:
+                    raise ModelError(
+                        f"model.name: {shown}: its config.json has {within}{name}: {shortened(value)}, more than "
+                        f"{_MOST_PARTS:,}"
+                    )
 
 
 def first_line(error: Exception) -> str:
@@ -111,11 +132,13 @@ def reason_of(name: str, error: Exception) -> str:
         error: what it said, with all the model types that it does know.
     """
     try:
-        stated = json.loads((Path(name) / "config.json").read_text())
+        stated = from_json((Path(name) / "config.json").read_text(encoding="utf-8"))
         kind, code = stated.get("model_type"), stated.get("auto_map")
     except (OSError, ValueError, AttributeError):
         return first_line(error)
     version = f"Transformers {transformers.__version__}"
+    if not isinstance(kind, str | None):
+        return f"model_type in its config.json is {shortened(kind)}, not a name"
     if kind in transformers.CONFIG_MAPPING:
         return first_line(error)
     if code:

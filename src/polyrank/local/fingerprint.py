@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from polyrank.files import from_json
 
 _WHOLE = 2**30
 """Bytes of weights up to which all are read; of larger models, the ends and the middle of every tensor."""
@@ -37,7 +38,7 @@ def fingerprint(base: str, revision: str | None = None) -> str | None:
     try:
         tensors = sorted(tensor for path in sorted(folder.glob("*.safetensors")) for tensor in _tensors(path))
         return _hashed(tensors) if tensors else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None  # a broken base is nothing to compare with
 
 
@@ -50,7 +51,11 @@ def _folder(base: str, revision: str) -> Path | None:
         cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
         repository = cache / f"models--{base.replace('/', '--')}"
         reference = repository / "refs" / revision
-        snapshot = repository / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+        snapshot = (
+            repository
+            / "snapshots"
+            / (reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision)
+        )
         return snapshot if snapshot.is_dir() else None
     except (OSError, ValueError):
         return None
@@ -62,7 +67,7 @@ def _tensors(path: Path) -> Iterator[Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if length > _MOST_HEADER:
             raise ValueError(f"{path}: not a safetensors file")
-        header = json.loads(file.read(length))
+        header = from_json(file.read(length))
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]

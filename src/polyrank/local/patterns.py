@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-MOST_CHARACTERS, MOST_EXPRESSIONS = 1000, 100
-"""Of a pattern that is not a plain name, and how many of them there may be."""
+MOST_CHARACTERS, MOST_EXPRESSIONS, MOST_NAMES = 200, 32, 10_000
+"""Of a pattern that is not a plain name, how many of them there may be, and how many plain names."""
 
 Positions = frozenset[int]
 Step = Callable[[str, Positions], Positions]
@@ -56,7 +56,10 @@ def check_patterns(patterns: Iterable[str]) -> None:
     Raises:
         ValueError: names the pattern and says what is wrong.
     """
+    patterns = list(patterns)
     expressions = [pattern for pattern in patterns if not _is_plain(pattern)]
+    if len(patterns) - len(expressions) > MOST_NAMES:
+        raise ValueError(f"has {len(patterns) - len(expressions)} names, more than {MOST_NAMES}")
     if len(expressions) > MOST_EXPRESSIONS:
         raise ValueError(f"has {len(expressions)} regular expressions, more than {MOST_EXPRESSIONS}")
     for pattern in expressions:
@@ -71,6 +74,11 @@ def check_patterns(patterns: Iterable[str]) -> None:
 def as_pattern(name: str) -> str:
     """The pattern of a name: itself, where it has nothing but letters, digits, underscores, hyphens and dots."""
     return name if _is_plain(name) else re.escape(name)
+
+
+def is_literal(pattern: str) -> bool:
+    """Whether a pattern is a name, as `as_pattern` writes it: characters that stand for themselves, or for any one."""
+    return re.fullmatch(r"([\w.\-]|\\[^0-9A-Za-z])+", pattern) is not None
 
 
 def _is_plain(pattern: str) -> bool:

@@ -6,14 +6,14 @@ must be null, false or empty, which is how PEFT says that a variant is not used.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
-from polyrank.local.patterns import check_patterns
+from polyrank.files import from_json
+from polyrank.local.patterns import check_patterns, is_literal
 
 CONFIG = "adapter_config.json"
 MOST_BYTES = 2**22
@@ -184,6 +184,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {**{key: value for key, value in config.items() if value is not None}, "peft_type": kind}
 
 
+def check_names(folder: Path) -> None:
+    """Refuses a config that names modules by anything but their names: PEFT hands the rest to `re`, which can hang.
+
+    Raises:
+        AdapterError: naming the key and the expression.
+    """
+    path, config = folder / CONFIG, read_config(folder)
+    matched = {key: list(config.get(key) or ()) for key in ("rank_pattern", "alpha_pattern")}
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key) or []
+        matched[key] = [value] if isinstance(value, str) else value if key == "layers_pattern" else []
+    for key, patterns in matched.items():
+        for pattern in patterns:
+            if not is_literal(pattern):
+                raise AdapterError(
+                    f"{path}: {key}: {_shown(pattern)} is a regular expression, for which PEFT may need endless time; "
+                    "name the modules themselves"
+                )
+
+
 def _check(path: Path, kind: str, key: str, value: Any) -> None:
     name = "LoRA" if kind == "LORA" else "LoKr"
     if key not in UNDERSTOOD[kind]:
@@ -230,10 +250,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: has more than {MOST_BYTES:,} bytes, which no {path.name} needs")
     check_pointer(path, data)
     try:
-        value = json.loads(data.decode(), parse_constant=_constant, object_pairs_hook=_once)
-        json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
-    except RecursionError:
-        raise AdapterError(f"{path}: not JSON that can be read: it is nested too deep") from None
+        value = from_json(data.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=_once)
     except UnicodeError as error:
         raise AdapterError(f"{path}: not text in UTF-8: {error}") from None
     except ValueError as error:

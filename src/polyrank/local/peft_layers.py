@@ -16,6 +16,7 @@ from polyrank.core.lowrank import Adapter, zeros
 from polyrank.local.adapters import write_adapter
 from polyrank.local.attach import Batch
 from polyrank.local.base import Base
+from polyrank.local.peft_config import check_names
 from polyrank.local.pretrained import ModelError, quiet
 
 _SHOWN = 9
@@ -30,8 +31,10 @@ def loaded(base: Base, folder: Path, adapter: Adapter) -> Callable[[Batch], Tens
         adapter: what the folder holds.
 
     Raises:
+        AdapterError: if its config names modules by regular expressions, which PEFT would match in unbounded time.
         ModelError: if PEFT cannot load it, or loses layers of it.
     """
+    check_names(folder)
     try:
         model = _peft(base, folder)
     except Exception as error:  # whatever a library makes of a folder
@@ -54,8 +57,10 @@ def lost_layers(base: Base) -> list[str]:
     if not get_checkpoint_conversion_mapping(base.model.config.model_type):
         return []
     layers = {name: zeros(shape, 1) for name, shape in base.spec.modules.items()}
+    parameters = dict(base.model.named_parameters())
+    head = {name: torch.zeros(parameters[name].shape) for name in base.head}
     with TemporaryDirectory() as folder:
-        write_adapter(Path(folder), Adapter(layers), base.info)
+        write_adapter(Path(folder), Adapter(layers, head), base.info)
         try:
             model = _peft(base, Path(folder))
             report = model.load_adapter(folder, "default", low_cpu_mem_usage=True)

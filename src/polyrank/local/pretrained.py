@@ -12,7 +12,7 @@ import transformers
 
 from polyrank.local.checkpoint import CheckpointError, check_config
 from polyrank.local.configs import ModelError as ModelError
-from polyrank.local.configs import a, reason_of
+from polyrank.local.configs import a, check_counts, reason_of
 
 
 def config_of(name: str, what: str = "model") -> Any:
@@ -35,6 +35,7 @@ def config_of(name: str, what: str = "model") -> Any:
             raise ModelError(f"model.name: {name!r} cannot be loaded as {a(what)}: {error}") from None
         except Exception as error:  # whatever a library makes of a file that somebody else has written
             raise ModelError(f"model.name: {name!r} cannot be loaded as {a(what)}: {reason_of(name, error)}") from None
+    check_counts(config.to_dict(), repr(name))
     return without_strange_padding(config)
 
 

@@ -87,7 +87,7 @@ def _check_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def _listed(folder: Path) -> list[str]:
     path = folder / _LIST
     try:
-        return list(map(str, from_json(path.read_text()))) if path.is_file() else []
+        return list(map(str, from_json(path.read_text(encoding="utf-8")))) if path.is_file() else []
     except (ValueError, TypeError):
         return []
 

@@ -57,7 +57,7 @@ class _MlflowRun:
         number = found.experiment_id if found else self.client.create_experiment(experiment, artifacts)
         self.first = 0
         if self.known.is_file():
-            self.id = self.known.read_text()
+            self.id = self.known.read_text(encoding="utf-8")
             self.client.update_run(self.id, status="RUNNING")
             done = self.client.get_metric_history(self.id, "round")
             self.first = max((int(metric.step) + 1 for metric in done), default=0)

@@ -48,7 +48,7 @@ class _WandbRun:
         known = folder / "id"
         if not known.is_file():
             write_text(known, secrets.token_hex(4))
-        id_ = known.read_text()
+        id_ = known.read_text(encoding="utf-8")
         if mode == "offline":
             for old in folder.glob(f"offline-run-*-{id_}"):
                 shutil.rmtree(old)
