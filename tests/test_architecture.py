@@ -17,15 +17,16 @@ MAY_IMPORT = {
     "errors": set(),
     "methods": {"core", "methods"},
     "files": set(),
+    "text": set(),
     "data": {"core", "errors", "files", "data"},
     "local": {"core", "errors", "files", "data", "local"},
-    "engines": {"core", "errors", "files", "data", "local", "engines"},
-    "experiment": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
-    "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
+    "engines": {"core", "errors", "files", "text", "data", "local", "engines"},
+    "experiment": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment"},
+    "report": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment", "report"},
     "": {"core", "methods", "data", "local", "engines", "experiment"},
-    "deploy": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy"},
     "__main__": {"cli"},
 }
+MAY_IMPORT["deploy"] = MAY_IMPORT["report"] | {"deploy"}
 MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import talking
+from asking import Asker
 
 flwr = pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
@@ -22,7 +23,6 @@ from polyrank.data.source import Prompting  # noqa: E402
 from polyrank.deploy import client, server  # noqa: E402
 from polyrank.deploy.site import Site  # noqa: E402
 from polyrank.engines.audit import Audit  # noqa: E402
-from polyrank.engines.letters import ask_profile  # noqa: E402
 from polyrank.errors import InputError  # noqa: E402
 from polyrank.experiment.loading import parse  # noqa: E402
 from polyrank.experiment.machine import on_this_machine  # noqa: E402
@@ -157,6 +157,21 @@ def test_a_client_protects_what_it_sends(tmp_path: Path, config: Config) -> None
         assert not theirs["refused"]
 
 
+def test_a_run_goes_on_without_a_site_that_does_not_agree(tmp_path: Path, config: Config) -> None:
+    fewer = {**config, "deployment": {"clients": 2, "poll": 0}, "method": {"name": "fedit"}}
+    sites = sites_of(tmp_path / "sites", fewer, NAMES)
+    sites["client_1"].write_text(sites["client_1"].read_text() + "approve: ask\n")
+    run = deployed(tmp_path / "deployed", fewer, InProcessGrid(sites))
+    for record in run.records():
+        assert sorted(record["bytes_up"]) == ["client_0", "client_2"]
+    declined = [line for line in Audit(run.folder / "audit.jsonl").lines() if line["event"] == "declined"]
+    assert [line["client"] for line in declined] == ["client_1"]
+    assert declined[0]["reason"] == "this site's operator has not approved the run yet: approve: ask"
+    (known,) = Site(sites["client_1"]).consent.known().values()
+    assert (known.run.name, known.run.rounds, known.run.method) == ("deployed", 2, "fedit")
+    assert "@" in known.run.by
+
+
 def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config) -> None:
     bigger = {**config, "model": {**config["model"], "targets": "attention+mlp", "rank": 16}}
     bigger["fleet"] = [{"share": 1 / 3, "rank": rank} for rank in (4, 8, 16)]
@@ -170,7 +185,8 @@ def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config
                 for client_, predicted in mine[way].items():
                     assert predicted < theirs[way][client_] < 1.02 * predicted
     history = (tmp_path / "ffa_lora-sites" / "client_0" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in history] == [0, 1]
+    questions = [(line["question"], line.get("round")) for line in map(json.loads, history)]
+    assert questions == [("announcement", None), ("profile", None), ("fit", 0), ("fit", 1)]
 
 
 def talking_sites(folder: Path, config: Config, **data: Any) -> dict[str, Path]:
@@ -213,4 +229,4 @@ def test_a_site_that_words_prompts_in_another_way_is_refused(tmp_path: Path, own
     asked = {"kind": "causal", "classes": [], "targets": "attention", "max_length": 32, "prompting": prompting}
     said = rf"{name}/site\.yaml: data: prompts are made by .*, and the server's by .*alpaca_short"
     with pytest.raises(InputError, match=said):
-        Site(path).answer("profile", ask_profile(asked))
+        Site(path).answer("profile", Asker(asked).hello())

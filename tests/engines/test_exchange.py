@@ -16,7 +16,7 @@ from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec,
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import Encoding
 from polyrank.engines.exchange import Remote, Terms, TooFewError
-from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.letters import decode_query, encode_profile, encode_refusal, encode_scores
 from polyrank.engines.post import Kind, Reply
 from polyrank.engines.wire import decode_task, digest, encode_update, opened
 from polyrank.methods import METHODS
@@ -27,10 +27,14 @@ LOCAL = LocalTraining(lr=0.1)
 
 
 class Site:
-    """A client that moves every value by a tenth of its number; `faults` are what becomes of its next answers."""
+    """A client that moves every value by a tenth of its number; `faults` are what becomes of its next answers.
+
+    What it `declines` it does not answer.
+    """
 
     def __init__(self, number: int) -> None:
         self.number, self.faults = number, []  # type: int, list[str]
+        self.declines: set[Kind] = set()
         self.claims: float | None = None
         self.answered: list[bytes] = []
 
@@ -72,9 +76,12 @@ class Lines:
             ids[name] = client
             if client in self.mute:
                 continue
-            fault = self.clients[client].faults.pop(0) if kind == "fit" and self.clients[client].faults else ""
+            site = self.clients[client]
+            fault = site.faults.pop(0) if kind == "fit" and site.faults else "decline" if kind in site.declines else ""
             if fault == "crash":
                 self.waiting[name] = Reply(name, None, "error 2: out of memory")
+            elif fault == "decline":
+                self.waiting[name] = Reply(name, encode_refusal("no\x1b]0;pwned\x07\n\u202eesrever<b>", blob))
             elif fault == "silence":
                 self.clients[client].answer(kind, blob)
             elif fault == "garbage":
@@ -137,6 +144,40 @@ def test_a_client_that_fails_is_asked_again_but_not_for_ever(tmp_path: Path, sta
         list(strict.fit(tasks))
     asked = [client for _, kind, client, _ in lines.sent if kind == "fit"]
     assert asked.count("c3") <= 2 + 3
+
+
+def test_a_round_goes_on_without_who_declines(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    clients = remote(lines, tmp_path)
+    tasks = tasks_of(clients, state)
+    lines.clients["c2"].declines = {"profile", "fit"}
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c3"]  # of a quorum of all that take part
+    assert sorted(clients.profiles()) == ["c1", "c3"]
+    assert sorted(clients.known()) == ["c1", "c2", "c3"]
+    (line,) = (line for line in clients.audit.lines() if line["event"] == "declined")
+    assert line["reason"] == r"no\x1b]0;pwned\x07\n\u202eesrever<b>"  # as it can be shown
+    assert [client for _, kind, client, _ in lines.sent if kind == "fit"].count("c2") == 1
+    clients._not_before.clear()  # a minute later it is asked again, and again declines
+    assert sorted(clients.profiles()) == ["c1", "c3"]
+    clients._not_before.clear()
+    lines.clients["c2"].declines = set()
+    assert sorted(clients.profiles()) == ["c1", "c2", "c3"]
+    for site in lines.clients.values():
+        site.declines = {"fit"}
+    with pytest.raises(TooFewError):
+        list(clients.fit(tasks))
+
+
+def test_importance_is_measured_by_who_does_not_decline(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(2)
+    clients = remote(lines, tmp_path)
+    cohort = tuple(clients.profiles())
+    lines.clients["c1"].declines = {"measure"}
+    query = Query("gradient", "clients", cohort=cohort)
+    assert clients.measure(query, state) == {"q": 2.0, "v": 2.0}
+    lines.clients["c2"].declines = {"measure"}
+    with pytest.raises(TooFewError, match="no client has measured importance"):
+        clients.measure(query, state)
 
 
 def test_a_straggler_is_left_behind_and_its_answer_is_late(tmp_path: Path, state: ServerState) -> None:

@@ -2,7 +2,14 @@
 
 server         the server's Flower app
 client         a client's Flower app
-site           what a client has, and how it answers
+site           how a client answers
+site_file      a client's file: what it is made of, and what it allows
+holdings       what it has: data, and the model and data as a server wants them
+consent        which runs it takes part in
+policy         what may be asked of it
+ledger         what its answers have told of its data
+document       a JSON file that several processes change
+check          a look at all of that before anybody is dialled
 keeper         keeps a site's model loaded
 certificates   the authority, the server's certificate, a key pair a node
 layout         what lies where in a deployment's folder and in a node's, and in what environment Flower runs

@@ -10,7 +10,7 @@ import yaml
 
 from polyrank.deploy import follow, join, operate, provision
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment
-from polyrank.deploy.site import read_site
+from polyrank.deploy.site_file import read_site
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.session import Session

@@ -109,8 +109,9 @@ ReadWritePaths=/var/lib/polyrank/%i
 )
 
 SITE = """\
-# What node $name is made of. This file and the data stay here; the server learns how many examples there are, and the
-# resources that are stated below.
+# What node $name is made of, and what it allows. This file and the data stay here; the server learns how many examples
+# there are, and the resources that are stated below. `polyrank deploy check .` looks whether all of it goes together,
+# and says what this site will answer. docs/deploy.md explains every key.
 model: ./model                 # this site's copy of the base model: a folder, or a name on the hub
 data:
   name: files
@@ -125,6 +126,21 @@ data:
 # downlink: 100 Mbit/s
 # device: auto                 # cuda, cpu, ...
 # threads: 4                   # CPU threads; all cores if left out
+
+# What it allows. A new run waits until `polyrank site approve . RUN`; auto: it takes part at once.
+approve: ask
+limits:                        # of one task; more is refused before anything is trained
+  steps: 10000
+  epochs: 20
+  seconds: 3600
+# memory: 8 GiB
+# What its answers may tell of the data. Without a budget, nothing bounds it. Needs polyrank's extra `privacy`.
+# budget:
+#   epsilon: 8                 # of all answers ever given, in all runs
+#   run: 2                     # of any one run
+#   delta: 1.0e-6              # below one over the number of examples
+# privacy:                     # and the least noise in a task
+#   examples: {clip: 1.0, noise: 1.0}
 """
 
 NODE_README = """\
@@ -135,12 +151,15 @@ whoever has it can take part under this name. Keep it on this machine, readable 
 
 1. Install, in a virtual environment, from a checkout: `pip install '.[flower]'`. The code that trains is the one
    installed here; the server sends none.
-2. Say in `site.yaml` where this site's data is and what the machine can afford.
+2. Say in `site.yaml` where this site's data is, what the machine can afford, and what the site allows. Then
+   `polyrank deploy check .` loads model and data, trains a step, and says what the site will answer. It dials nobody.
 3. Keep the clock right (NTP): the server refuses a node whose clock is over 5 seconds ahead or 5 minutes behind.
 4. Start: `polyrank deploy join .`. It dials $superlink, which must be reachable; nothing dials this machine.
 
 `polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, and
-`polyrank deploy down .` ends it. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
+`polyrank deploy down .` ends it. A new run waits for you: `polyrank site runs .` shows it and what it would cost,
+`polyrank site approve . RUN` or `deny` decides, `polyrank site pause .` stops all answers, and `polyrank site log .`
+says who asked what. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
 runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
 `systemctl enable --now polyrank-node@$name`.
 
@@ -150,6 +169,8 @@ runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User
 | `ca.crt` | the authority that the server's certificate is checked against |
 | `node.json` | the node's name and the server's address |
 | `site.yaml` | this site's configuration; it is not sent |
+| `ledger.json` | what the answers have told of the data; whoever deletes it forgets what was spent: back it up |
+| `runs.json`, `history.jsonl` | what was decided on each run; who asked what, and what was answered |
 """
 
 README = """\

@@ -15,12 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from polyrank.core.types import Client, ClientProfile, Query, RoundRecord, ServerState, Task, Update
+from polyrank.engines.announcement import Announcement
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import Encoding
-from polyrank.engines.letters import ask_profile, ask_scores, decode_profile, decode_scores
+from polyrank.engines.letters import ask_profile, ask_scores, decode_profile, decode_scores, refusal_of
 from polyrank.engines.post import Post, Reply
 from polyrank.engines.wire import Sent, WireError, decode_update, digest, encode_task
+from polyrank.text import one_line
 
+_REASON = 500
+"""Most signs of what a client gives as a reason."""
+_AWAY = -1
+"""The address of nobody."""
 _YEAR = 31_536_000  # seconds
 _PATIENCE = 60.0
 """Seconds for which a newcomer is waited for, and after which one that failed is asked again."""
@@ -97,16 +103,20 @@ class _Round:
         sent: what everybody is asked.
         updates: accepted so far.
         seen: hash and bytes of the messages they came in.
-        out: clients whose answer was refused; they are not asked again.
+        needed: answers that end the round.
+        out: clients whose answer was refused, or who decline; they are not asked again.
+        declined: how many decline.
         tries: how often each has been asked.
         waiting: messages without an answer.
     """
 
     number: int
     sent: dict[Client, Sent]
+    needed: int
     updates: dict[Client, Update] = field(default_factory=dict)
     seen: dict[Client, tuple[str, int]] = field(default_factory=dict)
     out: set[Client] = field(default_factory=set)
+    declined: int = 0
     tries: Counter[Client] = field(default_factory=Counter)
     waiting: dict[str, Client] = field(default_factory=dict)
 
@@ -126,6 +136,7 @@ class Remote:
         terms: how long and for how many to wait.
         audit: where everything that arrives is noted.
         measure: computes importance on what the server holds.
+        run: what clients are told of the run before they take part in it.
         secret: of the run. A word made of it is in each task, so that no other client can know the hash that an answer
             must name, and a task that is sent again after a restart is the same.
     """
@@ -139,8 +150,10 @@ class Remote:
         audit: Audit,
         measure: Callable[[Query, ServerState], Mapping[str, float]],
         secret: bytes,
+        run: Announcement | None = None,
     ) -> None:
-        self._secret = secret
+        self._secret, self.run = secret, run
+        self._about = {"model": model, **({"run": run.id} if run else {})}
         self.post, self.model, self.base, self.terms, self.audit = post, model, base, terms, audit
         self._measure_here = measure
         self._met: dict[Client, tuple[int, ClientProfile]] = {}
@@ -183,15 +196,15 @@ class Remote:
             return
         terms, round_ = self.terms, next(iter(tasks.values())).round
         sent = {
-            client: encode_task(task, client, terms.down, terms.up, model=self.model, word=self._word(round_, client))
+            client: encode_task(task, client, terms.down, terms.up, **self._about, word=self._word(round_, client))
             for client, task in tasks.items()
         }
-        flight, needed = _Round(round_, sent), terms.needed(len(tasks))
-        self._collect(flight, needed, terms.enough(needed))
-        if len(flight.updates) < terms.enough(needed):
+        flight = _Round(round_, sent, terms.needed(len(tasks)))
+        self._collect(flight)
+        if len(flight.updates) < (enough := terms.enough(flight.needed)):
             raise TooFewError(
-                f"round {round_}: {len(flight.updates)} of {needed} clients have answered within {terms.deadline:g} s, "
-                f"and {terms.enough(needed)} must; {self.audit.path} says what became of the others"
+                f"round {round_}: {len(flight.updates)} of {flight.needed} clients have answered within "
+                f"{terms.deadline:g} s, and {enough} must; {self.audit.path} says what became of the others"
             )
         self._received = flight.seen
         for client in sorted(flight.updates):
@@ -206,14 +219,21 @@ class Remote:
         """
         if query.on == "holdout":
             return self._measure_here(query, state)
-        asked = {client: ask_scores(query, state, client, self.model) for client in sorted(query.cohort)}
+        asked = {client: ask_scores(query, state, client, **self._about) for client in sorted(query.cohort)}
         waiting = self.post.send("measure", asked, self.terms.deadline)
         answers: dict[Client, tuple[dict[str, float], int]] = {}
         for client, blob in self._answers(waiting, state.round):
+            if (reason := refusal_of(blob, digest(asked[client]))) is not None:
+                self.audit.note("declined", state.round, client, reason=reason)
+                continue
             try:
                 answers[client] = decode_scores(blob, asked[client], state.adapter, client)
             except WireError as error:
                 self._refuse(state.round, client, blob, str(error))
+        if not answers:
+            raise TooFewError(
+                f"round {state.round}: no client has measured importance; {self.audit.path} says what became of them"
+            )
         total: dict[str, float] = {}
         weight = 0
         for client in sorted(answers):
@@ -241,7 +261,7 @@ class Remote:
         known = {client for client, address in there.items() if self._met.get(client, (None,))[0] == address}
         fresh = [c for c in sorted(there) if c not in known | busy and self._not_before.get(c, 0.0) <= now]
         if fresh:
-            asked = ask_profile(self.model)
+            asked = ask_profile(self.model, self.run)
             sent = self.post.send("profile", dict.fromkeys(fresh, asked), self.terms.wait)
             self._hellos |= {m: _Hello(c, there[c], asked, now + self.terms.wait) for m, c in sent.items()}
         patience = now + min(_PATIENCE, self.terms.wait) if fresh else now
@@ -259,7 +279,10 @@ class Remote:
                 continue
             self._not_before[hello.client] = time.monotonic() + _PATIENCE
             if reply.blob is None:
-                self.audit.note("failed", -1, hello.client, reason=reply.error[:500])
+                self.audit.note("failed", -1, hello.client, reason=one_line(reply.error, _REASON))
+                continue
+            if (reason := refusal_of(reply.blob, digest(hello.asked))) is not None:
+                self.audit.note("declined", -1, hello.client, reason=reason)
                 continue
             try:
                 profile = decode_profile(reply.blob, hello.asked, self.base)
@@ -282,7 +305,7 @@ class Remote:
                 if client is None:
                     continue
                 if reply.blob is None:
-                    self.audit.note("failed", round_, client, reason=reply.error[:500])
+                    self.audit.note("failed", round_, client, reason=one_line(reply.error, _REASON))
                 else:
                     yield client, reply.blob
             if waiting:
@@ -290,19 +313,19 @@ class Remote:
         for client in waiting.values():
             self.audit.note("unanswered", round_, client)
 
-    def _collect(self, flight: _Round, needed: int, enough: int) -> None:
+    def _collect(self, flight: _Round) -> None:
         """Asks, and asks again those who failed, until enough have answered or the time is up."""
         ends = time.monotonic() + self.terms.deadline
         self._overdue = {message: late for message, late in self._overdue.items() if late[2] > time.monotonic()}
-        while len(flight.updates) < needed and time.monotonic() < ends:
+        while len(flight.updates) < flight.needed and time.monotonic() < ends:
             idle = flight.idle(self.terms.attempts)
-            if not flight.waiting and (len(flight.updates) >= enough or not idle):
+            if not flight.waiting and (len(flight.updates) >= self.terms.enough(flight.needed) or not idle):
                 break
             if idle:
                 self._ask(flight, idle, ends)
             for reply in self.post.receive([*flight.waiting, *self._overdue]):
                 self._take(flight, reply)
-            if len(flight.updates) < needed:
+            if len(flight.updates) < flight.needed:
                 time.sleep(self.terms.poll)
         for message, client in flight.waiting.items():
             self.audit.note("unanswered", flight.number, client)
@@ -320,15 +343,26 @@ class Remote:
         """One reply: an update of this round, one that comes too late, or neither."""
         if reply.message in self._overdue:
             then, client, _ = self._overdue.pop(reply.message)
-            self.audit.note("late", then, client, reason=reply.error[:500] or "the round is closed")
+            self.audit.note("late", then, client, reason=one_line(reply.error, _REASON) or "the round is closed")
             return
         client = flight.waiting.pop(reply.message, "")
         if not client:
             self.audit.note("refused", flight.number, "", reason="answers a message that nobody waits for")
         elif reply.blob is None:
-            self.audit.note("failed", flight.number, client, reason=reply.error[:500])
+            self.audit.note("failed", flight.number, client, reason=one_line(reply.error, _REASON))
+        elif (reason := refusal_of(reply.blob, flight.sent[client].digest)) is not None:
+            self._release(flight, client, reason)
         else:
             self._accept(flight, client, reply.blob)
+
+    def _release(self, flight: _Round, client: Client, reason: str) -> None:
+        """Goes on without a client that declines; it is asked again later whether it takes part."""
+        flight.out.add(client)
+        flight.declined += 1
+        flight.needed = min(flight.needed, len(flight.sent) - flight.declined)
+        self._met[client] = (_AWAY, self._met[client][1])
+        self._not_before[client] = time.monotonic() + _PATIENCE
+        self.audit.note("declined", flight.number, client, reason=reason)
 
     def _accept(self, flight: _Round, client: Client, blob: bytes) -> None:
         sent = flight.sent[client]
@@ -348,4 +382,5 @@ class Remote:
         flight.seen[client] = (hash_, nbytes)
 
     def _refuse(self, round_: int, client: Client, blob: bytes, reason: str) -> None:
+        reason = one_line(reason, _REASON)
         self.audit.note("refused", round_, client, hash=digest(blob), bytes=len(blob), reason=reason)

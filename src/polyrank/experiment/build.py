@@ -5,6 +5,7 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
+import hmac
 import logging
 import math
 from collections.abc import Mapping
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 
 from polyrank.core.architecture import ModelSpec
+from polyrank.core.costs import download_bytes
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, Query, ServerState
 from polyrank.data import CausalSplit, warn_of_silent
+from polyrank.engines.announcement import Announcement, digest_of
 from polyrank.engines.audit import Audit
 from polyrank.engines.exchange import Remote
 from polyrank.engines.post import Post
@@ -28,7 +31,7 @@ from polyrank.engines.watched import Watched
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.language import Language, language
-from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
+from polyrank.experiment.machine import cache_memory, default_threads, operator, pick_device, positions_for, workers
 from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import (
     cautions,
@@ -56,6 +59,7 @@ from polyrank.local.prefix import Prefixes
 from polyrank.local.probe import side_by_side
 from polyrank.local.quantized import check_quantization
 from polyrank.local.vocabulary import check_splits
+from polyrank.text import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -162,8 +166,15 @@ def _shared(experiment: Experiment, ground: _Ground, positions: int) -> int:
     return positions if reason is None else 0
 
 
-def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes) -> World:
+def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes, name: str = "") -> World:
     """Everything, with the clients on other machines; of the data, what the server itself holds is used.
+
+    Args:
+        experiment: what to build.
+        post: carries messages to clients.
+        audit: where all that arrives is noted.
+        secret: of the run.
+        name: of the run, which clients are told.
 
     Raises:
         ConfigError: for what needs the clients' data here.
@@ -185,8 +196,26 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
             raise ConfigError("data.importance: missing; the server keeps no examples to measure importance on")
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
-    terms = experiment.terms()
-    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret))
+    terms, run = experiment.terms(), announced(experiment, ground, model, secret, name)
+    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret, run))
+
+
+def announced(
+    experiment: Experiment, ground: _Ground, model: Mapping[str, Any], secret: bytes, name: str
+) -> Announcement:
+    """What clients are told of a run before they take part in it."""
+    ranks = {module: min(ground.rank, *shape) for module, shape in ground.spec.modules.items()}
+    return Announcement(
+        name=one_line(name, 100),
+        method=one_line(experiment.label, 100),
+        by=one_line(operator(), 100),
+        rounds=experiment.rounds,
+        local=experiment.local_training(),
+        privacy=experiment.protection(),
+        nbytes=download_bytes(ground.spec, ranks),
+        model=digest_of(model),
+        mark=hmac.new(secret, b"announcement", "sha256").hexdigest()[:32],
+    )
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import math
 import os
+import socket
 from dataclasses import replace
 from typing import Literal
 
@@ -38,6 +40,15 @@ def on_this_machine(experiment: Experiment) -> Experiment:
     simulation = experiment.simulation.model_copy(update=chosen)
     decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
     return experiment.model_copy(update=decided)
+
+
+def operator() -> str:
+    """Who runs this process, and where: ``user@host``."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user without a name, as in some containers
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def cache_memory(experiment: Experiment) -> float | Literal["off"]:

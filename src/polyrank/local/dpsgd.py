@@ -52,6 +52,18 @@ def poisson(indices: Indices, local: LocalTraining, rng: np.random.Generator) ->
     return [indices[rng.random(len(indices)) < rate(local, len(indices))] for _ in range(count)]
 
 
+def pass_bytes(task: Task, batch: int) -> float:
+    """Bytes of the copies of what a client trains, and of their gradients, for the examples of a forward pass."""
+    trained = [getattr(x, factor) for x in task.adapter.layers.values() for factor in task.factors]
+    elements = sum(tensor.numel() for tensor in (*trained, *task.adapter.dense.values()))
+    return 8.0 * elements * _most(batch, elements)
+
+
+def _most(batch: int, elements: int) -> int:
+    """Examples of a forward pass."""
+    return max(1, min(batch, ELEMENTS // max(elements, 1)))
+
+
 def refuse_unsound(base: Base, dense: Iterable[str]) -> None:
     """Refuses models that mix examples, and trained parameters whose gradients cannot be told apart by example.
 
@@ -121,7 +133,7 @@ def _run(
 ) -> None:
     inner = optimizer_of(list(trained.tensors.values()), trained.task.local)
     optimizer = private_optimizer(inner, settings, expected, noise)
-    most = max(1, min(trained.most, ELEMENTS // sum(map(torch.numel, trained.tensors.values()))))
+    most = _most(trained.most, sum(map(torch.numel, trained.tensors.values())))
     for sample in samples:
         parts = [sample[at : at + most] for at in range(0, len(sample), most)] or [sample]
         for part in parts:
@@ -131,6 +143,17 @@ def _run(
             optimizer.signal_skip_step(part is not parts[-1])  # all but the last are clipped and summed only
             optimizer.step()
         optimizer.zero_grad()
+
+
+def _whole(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients in which an example counts as none where its own is not finite.
+
+    No noise covers an update that fails: a server could send weights under which one example alone makes it fail.
+    """
+    finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
+    if bool(finite.all()):
+        return gradients
+    return [torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)) for g in gradients]
 
 
 class _Trained:
@@ -181,7 +204,7 @@ class _Trained:
             scored = [self.live(batch)]
         each = losses(scored.pop(), batch["labels"])
         (each / torch.from_numpy(data.targets[chosen]).to(each).clamp(min=1)).sum().backward()
-        return [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
+        return _whole([torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies])
 
     def adapter(self) -> Adapter:
         """As it is now, on the CPU. A factor that was not trained is what was sent."""
