@@ -24,8 +24,9 @@ from polyrank.local.base import Base
 from polyrank.local.cohort import Job
 from polyrank.local.data import Examples
 from polyrank.local.dp import Part, epsilon
-from polyrank.local.dpsgd import poisson, rate, refuse_unsound, steps, train_privately
+from polyrank.local.dpsgd import refuse_unsound, train_privately
 from polyrank.local.grouping import grouped
+from polyrank.local.poisson import poisson, rate, steps
 from polyrank.local.trainer import prepare, train
 
 FAMILIES = ["bert", "bloom", "gpt2", "llama", "vit"]

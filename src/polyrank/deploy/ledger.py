@@ -20,7 +20,7 @@ from polyrank.deploy.document import Document
 from polyrank.deploy.policy import BudgetConfig, RefusalError, Unit
 from polyrank.errors import InputError, shortened
 from polyrank.local.dp import Part, epsilon
-from polyrank.local.dpsgd import rate, steps
+from polyrank.local.poisson import rate, steps
 
 _LEAST_NOISE = 1e-6
 """A multiplier below which nothing is hidden: one step costs an epsilon of 10^12."""

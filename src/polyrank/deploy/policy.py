@@ -20,7 +20,8 @@ from polyrank.core.types import LocalTraining, Task
 from polyrank.engines.announcement import Announcement
 from polyrank.experiment.components import Count, Strict
 from polyrank.experiment.units import Memory
-from polyrank.local.dpsgd import pass_bytes, rate, steps
+from polyrank.local.dpsgd import pass_bytes
+from polyrank.local.poisson import rate, steps
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Unit = Literal["examples", "clients"]

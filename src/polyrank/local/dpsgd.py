@@ -6,17 +6,15 @@ the gradient of each example in its copy; Opacus' optimizer does the rest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.noise import Noise
 from polyrank.core.privacy import ExamplePrivacy
-from polyrank.core.types import LocalTraining, Task
+from polyrank.core.types import Task
 from polyrank.errors import InputError, TrainingError
 from polyrank.local.attach import Attachment, Masks, hooked, leaf, on_device
 from polyrank.local.base import Base
@@ -26,30 +24,13 @@ from polyrank.local.heads import owners, stackable
 from polyrank.local.lokr import is_part
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.optimizer import autocast, optimizer_of
+from polyrank.local.poisson import rate
 from polyrank.local.probe import side_by_side
 
 ELEMENTS = 2**26
 """Most elements of the gradients of a forward pass: 256 MiB."""
 
 Key = tuple[str, str]
-
-
-def rate(local: LocalTraining, examples: int) -> float:
-    """The probability that an example is in a step's sample, such that ``batch * accumulate`` are, in the mean."""
-    return min(1.0, local.batch * local.accumulate / examples)
-
-
-def steps(local: LocalTraining, examples: int) -> int:
-    """Optimizer steps of a round; none without examples."""
-    if not examples:
-        return 0
-    return local.steps if local.steps is not None else local.epochs * math.ceil(1 / rate(local, examples))
-
-
-def poisson(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> list[Indices]:
-    """The samples of a round's steps: every example is in each, or not, by a draw of its own."""
-    count = steps(local, len(indices))
-    return [indices[rng.random(len(indices)) < rate(local, len(indices))] for _ in range(count)]
 
 
 def pass_bytes(task: Task, batch: int) -> float:
