@@ -192,7 +192,7 @@ def test_what_is_held_back_is_within_the_bound_and_goes_the_same_way() -> None:
     clients = Clients(attack=lambda task, trained: scaled(task.adapter, trained, 40.0))
     (_, record), *_ = rounds_of(clients, Gate(clip=2.0))
     assert list(record.bounded) == ["c9"]
-    assert "times as far as the median, and counts as 2 times" in record.bounded["c9"]
+    assert "times as far as the median client, and counts as 2 times" in record.bounded["c9"]
     tasks = clients.tasks
     sent: dict[str, Update] = {update.client: update for update in clients.fit(tasks)}
     bounded = {u.client: u for u in Gate(clip=2.0).admitted(tasks, sent.values(), lambda *_: None)}

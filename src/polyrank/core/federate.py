@@ -190,9 +190,9 @@ def federate(
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 
     Who takes part is asked anew in every round; budgets are estimated again when the answer has changed. What does not
-    pass the `gate` is not used, and counts as what the gate makes of it. With `errors`, records say how exact each aggregate is (`aggregation_error`), for which
-    the low-rank layers of the cohort are kept until the round ends, also where the rule streams. `device` is where the
-    rule computes (`absorb`).
+    pass the `gate` is not used, and what passes counts as what the gate makes of it. With `errors`, records say how
+    exact each aggregate is (`aggregation_error`), for which the low-rank layers of the cohort are kept until the round
+    ends, also where the rule streams. `device` is where the rule computes (`absorb`).
 
     With `privacy` on the server, the rule gets clipped updates with noise on their sum (`privately_summed`); it must be
     linear in the factors and weigh all clients alike. The noise is of the run's streams, or of the operating system's

@@ -47,8 +47,9 @@ class Gate:
         most_examples: refuse an update that claims more examples. None: no cap.
         size_cap: a client counts as at most this many times the median number of examples that clients state, and is
             asked for as many steps as that takes. None: it counts as what it states.
-        clip: hold an update back to this many times the cohort's median change, of the products and of the factors
-            (`held_back`). None: it counts as it is. Holds the cohort, as `norm` does.
+        clip: hold an update back that pulls the model this many times as far as the cohort's median update: its change,
+            of the products and of the factors, times the examples it counts as (`held_back`). None: it counts as it is.
+            Holds the cohort, as `norm` does.
     """
 
     norm: float | None = None
@@ -149,13 +150,15 @@ class Gate:
 
 
 def held_back(tasks: Mapping[Client, Task], held: Sequence[Update], times: float, bound: Note) -> Iterator[Update]:
-    """The updates, none of which changes more than so many times the median of those that change anything.
+    """The updates, none of which pulls the model more than so many times as far as is usual.
 
         (A + t a, B + t b), with the largest t in (0, 1] at which
-        || change of products(t) || <= times * median   and   || change of factors(t) || <= times * median
+        w || change of products(t) || <= times * median   and   w || change of factors(t) || <= times * median
+        w = max(1, examples / median examples)
 
-    over all layers and dense parameters together, each norm with a median of its own: a mean of factors sees another
-    size than a mean of products. Fewer than three updates have no usual size, and stay as they are.
+    over all layers and dense parameters together, each norm with a median of its own over those that change anything:
+    a mean of factors sees another size than a mean of products. Fewer than three updates have no usual size, and stay
+    as they are.
 
     Args:
         tasks: what was sent.
@@ -165,19 +168,21 @@ def held_back(tasks: Mapping[Client, Task], held: Sequence[Update], times: float
     """
     starts = [_at_ranks(tasks[update.client].adapter, update.adapter) for update in held]
     changes = [change_of(s, u.adapter, tasks[u.client].factors) for s, u in zip(starts, held, strict=True)]
-    products, factors = ([own(1.0) for own in owns] for owns in zip(*[(c.product, c.factors) for c in changes]))
+    products, factors = [own.product(1.0) for own in changes], [own.factors(1.0) for own in changes]
     few = sum(size > 0 for size in factors) < _FEW
     most = times * _median(products), times * _median(factors)
+    usual = _median([update.examples for update in held]) or 1.0
     for update, start, own, *norms in zip(held, starts, changes, products, factors, strict=True):
-        if few or (norms[0] <= most[0] and norms[1] <= most[1]):
+        weight = max(1.0, update.examples / usual)
+        far = max((weight * norm / limit for norm, limit in zip(norms, most, strict=True) if limit), default=0.0)
+        if few or far <= 1:
             yield update
             continue
-        far = max(norm / limit for norm, limit in zip(norms, most, strict=True) if limit)
         bound(
-            update.client,
-            f"changes the model {far * times:.3g} times as far as the median, and counts as {times:g} times",
+            update.client, f"pulls {far * times:.3g} times as far as the median client, and counts as {times:g} times"
         )
-        yield replace(update, adapter=_held(start, update, tasks[update.client].factors, own.reach(*most)))
+        t = own.reach(most[0] / weight, most[1] / weight)
+        yield replace(update, adapter=_held(start, update, tasks[update.client].factors, t))
 
 
 def _held(start: Adapter, update: Update, factors: Factors, t: float) -> Adapter:
