@@ -40,7 +40,7 @@ ONLY_IN = {
         "polyrank.local.saved",
     },
     "peft": {"polyrank.local.peft_layers"},
-    "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
+    "flwr": {"polyrank.engines.flower", "polyrank.engines.pieces", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
     "plotly": {"polyrank.report.page"},
     "jinja2": {"polyrank.report.page"},
