@@ -3,7 +3,7 @@
 import json
 import os
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,12 @@ def link() -> Link:
 
 
 @pytest.fixture
-def post(link: Link) -> Iterator[FlowerPost]:
+def post(link: Link) -> FlowerPost:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     grid = HttpGrid(token="t")
     grid._run = Run.create_empty(1)
     grid._client = link  # type: ignore[assignment]
-    yield FlowerPost(grid)
+    return FlowerPost(grid)
 
 
 def asked(number: int = 0) -> Message:

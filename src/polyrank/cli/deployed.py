@@ -82,7 +82,7 @@ def run(
         found = answering(folder)
         if target is not None:
             check_free(target)
-        experiment = on_this_machine(load(file, set_))
+        experiment = on_this_machine(load(file, set_), remote=True)
         drive(found, Run.create(target or free_folder(file.stem), experiment), quiet, json_)
 
 

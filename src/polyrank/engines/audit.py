@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-Event = Literal["joined", "received", "accepted", "refused", "late", "failed", "unanswered"]
+Event = Literal["joined", "received", "accepted", "refused", "late", "failed", "unanswered", "left out"]
 
 
 class Audit:
     """One JSON object a line: ``time`` (UTC), ``event``, ``round``, ``client``, and what there is to say.
 
-    ``received``, ``refused`` and ``accepted`` have the message's SHA-256 and its bytes; ``refused`` and ``failed`` have
-    the ``reason``. A line is on disk before anything that follows from it.
+    ``received``, ``refused`` and ``accepted`` have the message's SHA-256 and its bytes; ``refused``, ``failed`` and
+    ``left out`` have the ``reason``. A line is on disk before anything that follows from it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -30,6 +30,8 @@ _MOST = 2**53
 _MOST_SCORE = torch.finfo(torch.float32).max
 _PER_SCORE = 32
 """Most bytes of a score in a message, beside its layer's name."""
+MOST_PROFILE = 2 * SMALL
+"""Most bytes of a profile, as it travels."""
 
 
 def ask_profile(model: Mapping[str, Any]) -> bytes:
@@ -67,7 +69,7 @@ def decode_profile(blob: bytes, asked: bytes, base: str) -> ClientProfile:
 def ask_scores(query: Query, state: ServerState, client: Client, model: Mapping[str, Any]) -> bytes:
     """Asks a client to measure importance of the server's model on its own examples."""
     task = Task(state.round, state.adapter, state.folded, "AB", LocalTraining(), None, query.seed)
-    asked = {key: value for key, value in asdict(query).items() if key != "cohort"}
+    asked = {key: value for key, value in asdict(query).items() if key not in ("cohort", "most")}
     return encode_task(task, client, query=asked, model=model).blob
 
 
@@ -104,7 +106,7 @@ def decode_scores(blob: bytes, asked: bytes, layers: Adapter, client: Client) ->
     Raises:
         WireError: if they are not of the question, one for each layer, finite and not negative.
     """
-    header = _bare(blob, "scores", SMALL + sum(len(json.dumps(name)) + _PER_SCORE for name in layers.layers))
+    header = _bare(blob, "scores", _most_listed(layers))
     scores, examples = header.get("scores"), header.get("examples")
     if header.get("asked") != digest(asked):
         raise WireError("answers another question")
@@ -116,6 +118,15 @@ def decode_scores(blob: bytes, asked: bytes, layers: Adapter, client: Client) ->
         if type(value) not in (int, float) or not 0 <= value <= _MOST_SCORE:
             raise WireError(f"score of {name}: {shown(value)} is not a number from 0 to {_MOST_SCORE:.3g}")
     return scores, examples
+
+
+def most_scores(layers: Adapter) -> int:
+    """The longest that an answer with a score for each layer may be, as it travels."""
+    return SMALL + _most_listed(layers)
+
+
+def _most_listed(layers: Adapter) -> int:
+    return SMALL + sum(len(json.dumps(name)) + _PER_SCORE for name in layers.layers)
 
 
 def _bare(blob: bytes, kind: str, most: int) -> dict[str, Any]:

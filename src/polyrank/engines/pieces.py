@@ -1,10 +1,10 @@
 """Replies that lie at Flower's SuperLink, fetched only as far as they can be answers.
 
 Flower keeps a message as a tree of pieces, says of none how large it is, and hands out a message before its pieces have
-come. Its own `pull_messages` waits for them for two hours, fetches whatever is there, joins an array from as many copies
-of a piece as its sender names (600 MB of zeros are one piece of 5 MB), and raises where a piece is not what it must be.
-Here a reply whose pieces are still to come waits, and not the server; pieces are counted as they come; what they would be
-joined to is added up before it is; and what is wrong with a reply is said of that reply alone.
+come. Its own `pull_messages` waits for them for two hours, fetches whatever is there, joins an array from as many
+copies of a piece as its sender names (600 MB of zeros are one piece of 5 MB), and raises where one is not as it should.
+Here a reply whose pieces are still to come waits, and the server does not. Pieces are counted as they come. What they
+would be joined to is added up before it is. What is wrong with a reply is said of that reply alone.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from polyrank.experiment.planning import (
     from_config,
     group_budgets,
     notes_of,
+    planned_with,
     server_rank,
     unused_of,
 )
@@ -186,7 +187,10 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
     terms = Terms(**experiment.deployment.model_dump())
-    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret))
+    local = experiment.local_training()
+    plannable = partial(planned_with, rank=ground.rank, method=ground.method, spec=ground.spec, local=local)
+    remote = Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret, plannable)
+    return ground.world(experiment, remote)
 
 
 @dataclass(frozen=True)
