@@ -30,10 +30,11 @@ from polyrank.core.types import ClientProfile, Task, Update
 from polyrank.data.prepare import ImageSplit
 from polyrank.engines.simulator import Simulator
 from polyrank.experiment.build import World, build
-from polyrank.experiment.config import CLIP, SIZE_CAP, Experiment
+from polyrank.experiment.config import Experiment
 from polyrank.experiment.loading import parse
 from polyrank.experiment.measuring import said
 from polyrank.experiment.regimes import course
+from polyrank.experiment.trust import CLIP, SIZE_CAP
 from records import store
 
 RESULTS = Path(__file__).parent / "results" / "attacks.json"

@@ -15,14 +15,15 @@ MOST_LINES = 400
 MAY_IMPORT = {
     "core": {"core"},
     "errors": set(),
+    "version": set(),
     "methods": {"core", "methods"},
     "files": set(),
     "data": {"core", "errors", "files", "data"},
     "local": {"core", "errors", "files", "data", "local"},
-    "engines": {"core", "errors", "files", "data", "local", "engines"},
+    "engines": {"core", "errors", "files", "version", "data", "local", "engines"},
     "experiment": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
     "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
-    "": {"core", "methods", "data", "local", "engines", "experiment"},
+    "": {"version", "core", "methods", "data", "local", "engines", "experiment"},
     "deploy": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy"},
     "__main__": {"cli"},
 }

@@ -23,14 +23,15 @@ from polyrank.deploy import client, server  # noqa: E402
 from polyrank.deploy.site import Site  # noqa: E402
 from polyrank.engines.audit import Audit  # noqa: E402
 from polyrank.engines.letters import ask_profile  # noqa: E402
+from polyrank.engines.wire import VersionError, opened  # noqa: E402
 from polyrank.errors import InputError  # noqa: E402
-from polyrank.experiment.config import CLIP, SIZE_CAP  # noqa: E402
 from polyrank.experiment.loading import parse  # noqa: E402
 from polyrank.experiment.machine import on_this_machine  # noqa: E402
 from polyrank.experiment.models import prompting_of  # noqa: E402
 from polyrank.experiment.session import Session  # noqa: E402
 from polyrank.experiment.shares import export_shares, share_data  # noqa: E402
 from polyrank.experiment.store import Run  # noqa: E402
+from polyrank.experiment.trust import CLIP, SIZE_CAP  # noqa: E402
 from polyrank.methods import METHODS  # noqa: E402
 
 Config = dict[str, Any]
@@ -252,3 +253,19 @@ def test_what_a_deployment_believes_is_written_down_and_the_simulator_believes_n
     for mine, theirs in zip(one.records(), other.records(), strict=True):
         assert mine["bounded"] == theirs["bounded"]
         assert mine["examples"] == theirs["examples"]
+
+
+def test_a_site_says_that_the_server_has_another_version(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = sites_of(tmp_path, config, NAMES[:1]).values()
+    with monkeypatch.context() as patch:
+        patch.setattr("polyrank.engines.wire.__version__", "9.9")
+        asked = ask_profile({"kind": "image", "classes": []})
+    reply = Site(path).answer("profile", asked)
+    (record,) = caplog.records
+    assert "site.yaml: the server's message is of polyrank '9.9', and this side has" in record.getMessage()
+    with monkeypatch.context() as patch:
+        patch.setattr("polyrank.engines.wire.__version__", "9.9")
+        with pytest.raises(VersionError, match=r"and this side has '9\.9'"):
+            opened(reply, "profile")

@@ -2,6 +2,7 @@
 
 import json
 import time
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec,
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import Encoding
 from polyrank.engines.exchange import Remote, Terms, TooFewError
-from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.letters import answer_to_another_version, decode_query, encode_profile, encode_scores
 from polyrank.engines.post import Kind, Reply
-from polyrank.engines.wire import decode_task, digest, encode_update, opened
+from polyrank.engines.wire import VersionError, decode_task, digest, encode_update, opened
 from polyrank.methods import METHODS
+from polyrank.version import __version__
 
 SPEC = ModelSpec({"q": (6, 5), "v": (4, 5)})
 FAST = Terms(clients=1, wait=0.3, deadline=0.3, poll=0.001, quorum=1.0, grace=0.0)
@@ -409,7 +411,7 @@ def test_a_client_with_which_nothing_can_be_planned_is_left_out_and_the_round_go
     assert clients.known()["c3"].rank == 4
     alone = remote(lines, tmp_path, replace(FAST, wait=0.1), plannable=plannable)
     lines.away = {"c1", "c3"}
-    with pytest.raises(TooFewError, match="c2 is left out until its profile changes: states rank 0"):
+    with pytest.raises(TooFewError, match="c2: left out until its profile changes: states rank 0"):
         alone.profiles()
 
 
@@ -428,3 +430,33 @@ def test_who_measures_more_examples_than_it_has_said_to_hold_is_refused_and_nobo
     assert found == pytest.approx(dict.fromkeys(SPEC.modules, (10 * 1 + 20 * 2) / 30))
     (line,) = [line for line in clients.audit.lines() if line["event"] == "refused"]
     assert "and has said that it holds 30" in line["reason"]
+
+
+def test_a_site_of_another_version_is_not_let_in_and_both_versions_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Lines(2)
+
+    def older(kind: Kind, blob: bytes) -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr("polyrank.engines.wire.__version__", "0.0.9")
+            with pytest.raises(VersionError, match=rf"is of polyrank '{__version__}', and this side has '0.0.9'"):
+                opened(blob, "hello")
+            return answer_to_another_version()
+
+    lines.clients["c2"].answer = older  # type: ignore[method-assign]
+    clients = remote(lines, tmp_path)
+    assert list(clients.profiles()) == ["c1"]
+    reason = f"is of polyrank '0.0.9', and this side has '{__version__}': server and sites need the same version"
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "refused"]
+    assert (line["client"], line["reason"]) == ("c2", reason)
+    assert clients.left_out() == {"c2": f"not let in: {reason}"}
+    waiting = remote(lines, tmp_path, replace(FAST, clients=2))
+    with pytest.raises(TooFewError, match=r"connected: c1; c2: not let in: is of polyrank '0\.0\.9'"):
+        waiting.profiles()
+
+
+def test_a_message_from_before_versions_were_stated_is_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = zlib.compress(b'{"kind": "hello", "model": {}}')
+    with pytest.raises(VersionError, match="is of no stated version of polyrank"):
+        opened(b"PRNK\x01" + len(packed).to_bytes(4, "big") + packed, "hello")

@@ -7,6 +7,7 @@ file states, a fingerprint of the base model, and what it asks to be trained; it
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import replace
@@ -22,9 +23,9 @@ from polyrank.core.rng import stream
 from polyrank.core.types import Client, ClientProfile
 from polyrank.data import CausalSplit, Source, warn_of_silent
 from polyrank.data.source import Prompting
-from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.letters import answer_to_another_version, decode_query, encode_profile, encode_scores
 from polyrank.engines.post import Kind
-from polyrank.engines.wire import LISTING, WireError, decode_task, digest, encode_update, opened
+from polyrank.engines.wire import LISTING, VersionError, WireError, decode_task, digest, encode_update, opened
 from polyrank.errors import InputError
 from polyrank.experiment.components import Strict, entry_model, parameters, union_of
 from polyrank.experiment.config import ConfigError, Count, ModelConfig, PrivacyConfig, Resources
@@ -42,6 +43,8 @@ from polyrank.local.importance import measured
 from polyrank.local.padding import filled_up
 from polyrank.local.trainer import train
 from polyrank.local.vocabulary import check_splits
+
+_log = logging.getLogger(__name__)
 
 DataConfig = union_of(entry_model(name, function) for name, function in DATASETS.items())
 
@@ -121,7 +124,11 @@ class Site:
             InputError: if what is asked does not go with what the site has.
             WireError: if the message is not what it should be.
         """
-        return {"profile": self._profile, "fit": self._fit, "measure": self._measure}[kind](blob)
+        try:
+            return {"profile": self._profile, "fit": self._fit, "measure": self._measure}[kind](blob)
+        except VersionError as error:
+            _log.error("%s: the server's message %s", self.path, error)
+            return answer_to_another_version()
 
     def _profile(self, blob: bytes) -> bytes:
         header, _ = opened(blob, "hello", LISTING)

@@ -45,6 +45,20 @@ class _Met:
     planned: ClientProfile | None
 
 
+class Present(NamedTuple):
+    """Who is connected.
+
+    Attributes:
+        clients: what those who take part are planned with.
+        out: who does not take part, and why.
+        known: how many have a profile, and could take part.
+    """
+
+    clients: dict[Client, ClientProfile]
+    out: dict[Client, str]
+    known: int
+
+
 class Attendance:
     """The clients of a deployment.
 
@@ -80,17 +94,18 @@ class Attendance:
         self._not_before: dict[Client, float] = {}
         self._failed: Counter[Client] = Counter()
         self._left_out: dict[Client, str] = {}
+        self._refused: dict[Client, str] = {}
 
     def known(self) -> dict[Client, ClientProfile]:
         """What all that have ever been connected are planned with."""
         return {client: met.planned for client, met in self._met.items() if met.planned is not None}
 
-    def stated(self, client: Client) -> ClientProfile:
-        """What a client has said of itself."""
-        return self._met[client].stated
+    def examples(self, client: Client) -> int:
+        """How many examples a client has said that it holds; none where it has said nothing."""
+        return self._met[client].stated.examples if client in self._met else 0
 
-    def connected(self) -> tuple[dict[Client, ClientProfile], dict[Client, str]]:
-        """Who is there and takes part; who is there and is left out, and why. Newcomers are given some time."""
+    def present(self) -> Present:
+        """Who is connected now. Newcomers are given some time to say what they are."""
         there, now = self.post.sites(), time.monotonic()
         self._hellos = {message: hello for message, hello in self._hellos.items() if hello.expires > now}
         busy = {hello.client for hello in self._hellos.values()}
@@ -106,8 +121,9 @@ class Attendance:
             time.sleep(self.poll)
             self._greet()
         here = {c: self._met[c] for c, address in sorted(there.items()) if self._here(c, address)}
-        out = {client: self._left_out[client] for client in here if client in self._left_out}
-        return {c: met.planned for c, met in here.items() if c not in out and met.planned is not None}, out
+        out = {c: reason for c in sorted(there) if (reason := self._left_out.get(c) or self._refused.get(c))}
+        clients = {c: met.planned for c, met in here.items() if c not in out and met.planned is not None}
+        return Present(clients, out, len(here))
 
     def failed(self, client: Client, round_: int, reason: str) -> None:
         """A client has not done its part of a round."""
@@ -143,7 +159,7 @@ class Attendance:
             try:
                 self._admit(hello, reply)
             except WireError as error:
-                blob = reply.blob or b""
+                blob, self._refused[hello.client] = reply.blob or b"", f"not let in: {error}"
                 self.audit.note("refused", -1, hello.client, hash=digest(blob), bytes=len(blob), reason=str(error))
 
     def _admit(self, hello: _Hello, reply: Reply) -> None:
@@ -151,14 +167,15 @@ class Attendance:
         if reply.blob is None and reply.refused:
             raise WireError(reply.error[:500])
         if reply.blob is None:
+            self._refused[client] = f"not let in: {reply.error[:500]}"
             self.audit.note("failed", -1, client, reason=reply.error[:500])
             return
         stated, before = decode_profile(reply.blob, hello.asked, self.base), self._met.get(client)
         if before is not None and before.stated == stated and client in self._left_out:
             self._met[client] = _Met(hello.address, stated, before.planned)
             return
-        self._failed.pop(client, None)
-        self._left_out.pop(client, None)
+        for held in (self._failed, self._left_out, self._refused):
+            held.pop(client, None)
         try:
             self._met[client] = _Met(hello.address, stated, self.plannable(stated))
         except ValueError as error:

@@ -143,12 +143,12 @@ class Remote:
         """
         ends = time.monotonic() + self.terms.wait
         while True:
-            found, self._left_out = self.attendance.connected()
-            if found and len(found) + len(self._left_out) >= self.terms.clients:
+            found, self._left_out, known = self.attendance.present()
+            if found and known >= self.terms.clients:
                 break
             if time.monotonic() > ends:
                 there = ", ".join(sorted(found)) or "none"
-                out = "".join(f"; {client} is {reason}" for client, reason in self._left_out.items())
+                out = "".join(f"; {client}: {reason}" for client, reason in self._left_out.items())
                 raise TooFewError(f"{self.terms.clients} clients are needed, and these are connected: {there}{out}")
             time.sleep(self.terms.poll)
         if found != self._profiles:
@@ -317,7 +317,7 @@ class Remote:
         flight.faults.pop(client, None)
 
     def _check_claim(self, client: Client, examples: float) -> None:
-        held = self.attendance.stated(client).examples
+        held = self.attendance.examples(client)
         if examples > held:
             raise WireError(f"claims {examples:g} examples, and has said that it holds {held}")
 

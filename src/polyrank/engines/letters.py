@@ -66,6 +66,11 @@ def decode_profile(blob: bytes, asked: bytes, base: str) -> ClientProfile:
     return ClientProfile(**values)
 
 
+def answer_to_another_version() -> bytes:
+    """A site's answer to a message of another version, from which the server learns the site's."""
+    return frame({"kind": "another version"})
+
+
 def ask_scores(query: Query, state: ServerState, client: Client, model: Mapping[str, Any]) -> bytes:
     """Asks a client to measure importance of the server's model on its own examples."""
     task = Task(state.round, state.adapter, state.folded, "AB", LocalTraining(), None, query.seed)

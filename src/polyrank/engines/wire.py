@@ -27,6 +27,7 @@ from polyrank.core.lowrank import Adapter, LowRank, truncate
 from polyrank.core.privacy import Privacy
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.engines.encodings import CODECS, Encoding, relative_error
+from polyrank.version import __version__
 
 _FRAME = struct.Struct(">4sBI")
 _MAGIC, _VERSION = b"PRNK", 1
@@ -51,6 +52,10 @@ BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 class WireError(ValueError):
     """A message that is not what it must be; says what is wrong with it."""
+
+
+class VersionError(WireError):
+    """A message of another version of polyrank."""
 
 
 class Sent(NamedTuple):
@@ -81,7 +86,8 @@ def digest(blob: bytes) -> str:
 
 def frame(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """One message from a header and flat tensors."""
-    packed = zlib.compress(json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), 9)
+    signed = {**header, "polyrank": __version__}
+    packed = zlib.compress(json.dumps(signed, separators=(",", ":"), allow_nan=False).encode(), 9)
     return _FRAME.pack(_MAGIC, _VERSION, len(packed)) + packed + (save(dict(tensors)) if tensors else b"")
 
 
@@ -89,6 +95,7 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
     """A message's header, of at most `most` bytes when unpacked, and the bytes of its tensors.
 
     Raises:
+        VersionError: if another version of polyrank has made it.
         WireError: if it is no such message.
     """
     if len(blob) < _FRAME.size:
@@ -107,7 +114,12 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
         header = json.loads(text, parse_constant=_no_constant)
     except (zlib.error, ValueError, RecursionError) as error:
         raise WireError(f"its header cannot be read: {error}") from None
-    if not isinstance(header, dict) or header.get("kind") != kind:
+    if not isinstance(header, dict):
+        raise WireError(f"is no {kind}")
+    if (version := header.pop("polyrank", None)) != __version__:
+        theirs = "no stated version of polyrank" if version is None else f"polyrank {shown(version, 20)}"
+        raise VersionError(f"is of {theirs}, and this side has {__version__!r}: server and sites need the same version")
+    if header.get("kind") != kind:
         raise WireError(f"is no {kind}")
     return header, blob[start:]
 

@@ -27,7 +27,8 @@ from polyrank.experiment.components import (
 from polyrank.experiment.privacy import check_privacy
 from polyrank.experiment.questions import ChoicesConfig, GenerateConfig
 from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS, SLOTS
-from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Multiple, Share, Speed
+from polyrank.experiment.trust import TrustConfig, check_trust, gate_of, written_out
+from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -262,14 +263,6 @@ LocalConfig: Any = create_model(
 DeploymentConfig: Any = create_model(
     "DeploymentConfig", __base__=Strict, __doc__=Terms.__doc__, **parameters(Terms, keyword_only=False)
 )
-SIZE_CAP, CLIP = 3.0, 3.0
-"""What ``auto`` is in `trust` where clients are on other machines."""
-_GATE = parameters(Gate, keyword_only=False) | {
-    "reach": (bool, True),
-    "size_cap": (Multiple, "auto"),
-    "clip": (Multiple, "auto"),
-}
-TrustConfig: Any = create_model("TrustConfig", __base__=Strict, __doc__=Gate.__doc__, **_GATE)
 
 
 class Experiment(Strict):
@@ -324,11 +317,7 @@ class Experiment(Strict):
             raise ValueError(f"baselines: {', '.join(self.baselines)}: of a federated run, not of regime {self.regime}")
         protection = self.protection()
         check_privacy(protection, self.build_method(), self.local_training())
-        self.gate()
-        if self.trust.norm is not None and protection.on_server is not None:
-            raise ValueError("trust.norm: not with privacy.clients: what one client sends would decide who else counts")
-        if isinstance(self.trust.clip, float) and protection.on_server is not None:
-            raise ValueError("trust.clip: not with privacy.clients, which clips each update by a bound of its own")
+        check_trust(self.trust, protection)
         return self
 
     @property
@@ -340,17 +329,14 @@ class Experiment(Strict):
         """The settings of a client's round."""
         return LocalTraining(**self.local.model_dump())
 
-    def trusting(self, *, remote: bool) -> Experiment:
-        """The experiment with what ``auto`` says in `trust` written out: bounds, if clients are on other machines."""
-        usual = {"size_cap": SIZE_CAP, "clip": "off" if self.protection().on_server is not None else CLIP}
-        chosen = {key: usual[key] if remote else "off" for key in usual if getattr(self.trust, key) == "auto"}
-        return self.model_copy(update={"trust": self.trust.model_copy(update=chosen)})
+    def trusting(self) -> Experiment:
+        """The experiment with what its server believes of clients on other machines written out."""
+        trust = written_out(self.trust, self.protection(), remote=True)
+        return self.model_copy(update={"trust": trust})
 
     def gate(self, *, remote: bool = False) -> Gate:
-        """What an update must satisfy; where anything is protected, noise reaches where no optimizer does."""
-        stated = self.trusting(remote=remote).trust.model_dump()
-        trust = Gate(**{key: None if value == "off" else value for key, value in stated.items()})
-        return replace(trust, reach=False) if self.protection() else trust
+        """What an update must satisfy, of clients in this process or on other machines."""
+        return gate_of(self.trust, self.protection(), remote=remote)
 
     def protection(self) -> Privacy:
         """What is protected, and how."""

@@ -40,7 +40,7 @@ def on_this_machine(experiment: Experiment, *, remote: bool = False) -> Experime
     simulation = experiment.simulation.model_copy(update=chosen)
     decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
     decided_here = experiment.model_copy(update=decided)
-    return decided_here.trusting(remote=True) if remote else decided_here
+    return decided_here.trusting() if remote else decided_here
 
 
 def cache_memory(experiment: Experiment) -> float | Literal["off"]:
