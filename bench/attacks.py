@@ -4,9 +4,9 @@
     python bench/attacks.py --quick     # one rule, one seed, one round, nothing stored: whether it runs
 
 Digits, ten clients of unequal data and ranks, one of which attacks. It turns its training round (*flip*), or trains on
-images with a bright corner that it calls zeros (*backdoor*), and states 2^53 examples. It knows the defaults: to scale its
-update besides would be held back, or refused. Accuracy is on the test split; *planted* is the share of other test digits
-that the model calls zeros once they have the corner, which without an attack is what the corner alone does.
+images with a bright corner that it calls zeros (*backdoor*), and states 2^53 examples. It knows the defaults: to scale
+its update besides would be held back, or refused. Accuracy is on the test split; *planted* is the share of other test
+digits that the model calls zeros once they have the corner, which without an attack is what the corner alone does.
 """
 
 from __future__ import annotations
