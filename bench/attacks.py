@@ -178,7 +178,10 @@ def main() -> int:
             print(rule, attack, trust, *figures, sep="  ", flush=True)
     print(f"{time.monotonic() - began:.0f} s")
     if not options.quick:
-        store(options.out, {"machine": machine(1), "settings": {"size_cap": SIZE_CAP, "clip": CLIP}, "rows": rows})
+        store(
+            options.out,
+            {"machine": machine(1), "settings": {"size_cap": SIZE_CAP, "clip": CLIP}, "rounds": rounds, "rows": rows},
+        )
     return 0
 
 

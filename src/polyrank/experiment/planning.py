@@ -259,12 +259,13 @@ def planned_with(
     held = replace(profile, rank=None if profile.rank is None else min(profile.rank, rank))
     try:
         budget = method.estimate({"it": held}, spec, local)["it"]
-    except (NoFormulaError, ValueError) as error:
+    except ValueError as error:
         reason = str(error).removeprefix("client 'it' ")
         raise ValueError(f"{reason}; a site states this in its site.yaml") from None
     if not budget.total and any(not limit.rank for limit in budget.limits):
-        names = ", ".join(limit.name for limit in budget.limits if not limit.rank)
-        raise ValueError(f"cannot afford rank 1: {names}. {helps(budget)}")
+        limit = next(limit for limit in budget.limits if not limit.rank)
+        need = "" if limit.more is None else f", and it takes {limit.more:.3g}"
+        raise ValueError(f"cannot afford rank 1: {limit.name}: has {limit.have or 0:.3g} {limit.unit}{need}")
     return held
 
 
