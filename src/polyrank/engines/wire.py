@@ -2,8 +2,9 @@
 
     "PRNK"  version (1 byte)  length of the header (4 bytes)  header: deflated JSON  tensors: safetensors
 
-The header of a task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels
-without a list: what it must hold follows from the task it answers, to the byte, so it is compared with that first.
+Every header names the version of polyrank that made it: another version's message is read no further. The header of a
+task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels without a list:
+what it must hold follows from the task it answers, to the byte, so it is compared with that first.
 """
 
 from __future__ import annotations
