@@ -15,15 +15,16 @@ MOST_LINES = 600
 MAY_IMPORT = {
     "core": {"core"},
     "errors": set(),
+    "version": set(),
     "methods": {"core", "methods"},
     "files": set(),
     "text": set(),
     "data": {"core", "errors", "files", "data"},
     "local": {"core", "errors", "files", "data", "local"},
-    "engines": {"core", "errors", "files", "text", "data", "local", "engines"},
+    "engines": {"core", "errors", "files", "text", "version", "data", "local", "engines"},
     "experiment": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment"},
     "report": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment", "report"},
-    "": {"core", "methods", "data", "local", "engines", "experiment"},
+    "": {"version", "core", "methods", "data", "local", "engines", "experiment"},
     "__main__": {"cli"},
 }
 MAY_IMPORT["deploy"] = MAY_IMPORT["report"] | {"deploy"}
@@ -41,7 +42,7 @@ ONLY_IN = {
         "polyrank.local.saved",
     },
     "peft": {"polyrank.local.peft_layers"},
-    "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
+    "flwr": {"polyrank.engines.flower", "polyrank.engines.pieces", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
     "plotly": {"polyrank.report.page"},
     "jinja2": {"polyrank.report.page"},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+REASON = 500
+"""Most signs of what somebody else gives as a reason."""
+
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but tabs and line feeds
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of the text around

@@ -23,6 +23,8 @@ from polyrank.data.source import Prompting  # noqa: E402
 from polyrank.deploy import client, server  # noqa: E402
 from polyrank.deploy.site import Site  # noqa: E402
 from polyrank.engines.audit import Audit  # noqa: E402
+from polyrank.engines.letters import ask_profile  # noqa: E402
+from polyrank.engines.wire import VersionError, opened  # noqa: E402
 from polyrank.errors import InputError  # noqa: E402
 from polyrank.experiment.loading import parse  # noqa: E402
 from polyrank.experiment.machine import on_this_machine  # noqa: E402
@@ -30,6 +32,7 @@ from polyrank.experiment.models import prompting_of  # noqa: E402
 from polyrank.experiment.session import Session  # noqa: E402
 from polyrank.experiment.shares import export_shares, share_data  # noqa: E402
 from polyrank.experiment.store import Run  # noqa: E402
+from polyrank.experiment.trust import CLIP, SIZE_CAP  # noqa: E402
 from polyrank.methods import METHODS  # noqa: E402
 
 Config = dict[str, Any]
@@ -230,3 +233,56 @@ def test_a_site_that_words_prompts_in_another_way_is_refused(tmp_path: Path, own
     said = rf"{name}/site\.yaml: data: prompts are made by .*, and the server's by .*alpaca_short"
     with pytest.raises(InputError, match=said):
         Site(path).answer("profile", Asker(asked).hello())
+
+
+def test_a_site_that_states_nothing_to_plan_with_is_left_out_and_named(tmp_path: Path) -> None:
+    """As the site.yaml that `polyrank deploy init` writes, in which resources are left to the operator."""
+    chosen = talking.experiment(tmp_path) | {"method": {"name": "fedit"}}
+    sites = talking_sites(tmp_path / "sites", chosen)
+    silent = yaml.safe_load(sites["client_1"].read_text())
+    del silent["rank"]
+    sites["client_1"].write_text(yaml.safe_dump(silent))
+    run = deployed(tmp_path / "deployed", chosen, InProcessGrid(sites))
+    records = list(run.records())
+    assert run.summary() is not None
+    for record in records:
+        assert sorted(record["bytes_up"]) == ["client_0", "client_2"]
+        assert list(record["refused"]) == ["client_1"]
+        assert "left out until its profile changes: states no rank; give" in record["refused"]["client_1"]
+        assert record["refused"]["client_1"].endswith("site.yaml")
+    events = [(line["event"], line["client"]) for line in Audit(run.folder / "audit.jsonl").lines()]
+    assert events.count(("left out", "client_1")) == 1
+
+
+def test_what_a_deployment_believes_is_written_down_and_the_simulator_believes_no_more(
+    tmp_path: Path, config: Config
+) -> None:
+    """One of three holds many times as much as the others: both engines count it as the file says."""
+    uneven = {**config, "data": {**config["data"], "partition": {"name": "by_quantity", "sizes": [6, 8, 60]}}}
+    trusting = on_this_machine(parse(uneven, "test", Path()), remote=True)
+    assert (trusting.trust.size_cap, trusting.trust.clip) == (SIZE_CAP, CLIP)
+    resolved = trusting.resolved()
+    assert resolved["trust"] | {"size_cap": 3.0, "clip": 3.0} == resolved["trust"]
+    one = simulated(tmp_path / "simulated", resolved)
+    other = deployed(tmp_path / "deployed", uneven, InProcessGrid(sites_of(tmp_path / "sites", uneven, NAMES)))
+    part = "state/checkpoint.safetensors"
+    assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes()
+    for mine, theirs in zip(one.records(), other.records(), strict=True):
+        assert mine["bounded"] == theirs["bounded"]
+        assert mine["examples"] == theirs["examples"]
+
+
+def test_a_site_says_that_the_server_has_another_version(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = sites_of(tmp_path, config, NAMES[:1]).values()
+    with monkeypatch.context() as patch:
+        patch.setattr("polyrank.engines.wire.__version__", "9.9")
+        asked = ask_profile({"kind": "image", "classes": []})
+    reply = Site(path).answer("profile", asked)
+    (record,) = caplog.records
+    assert "site.yaml: the server's message is of polyrank '9.9', and this side has" in record.getMessage()
+    with monkeypatch.context() as patch:
+        patch.setattr("polyrank.engines.wire.__version__", "9.9")
+        with pytest.raises(VersionError, match=r"and this side has '9\.9'"):
+            opened(reply, "profile")

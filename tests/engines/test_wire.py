@@ -31,6 +31,7 @@ from polyrank.engines.wire import (
     most_bytes,
     opened,
 )
+from polyrank.version import __version__
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 SIZE = st.integers(1, 9)
@@ -189,7 +190,7 @@ def test_figures_of_a_client_are_bounded(name: str, figure: float, random_adapte
     sent = encode_task(task, "me")
     blob = encode_update(Update("me", task.adapter, 3, metrics={name: 1.0}), task, sent.digest)
     header, body = opened(blob, "update")
-    text = json.dumps({**header, "metrics": {name: figure}}).encode()
+    text = json.dumps({**header, "polyrank": __version__, "metrics": {name: figure}}).encode()
     packed = zlib.compress(text)
     forged = struct.pack(">4sBI", b"PRNK", 1, len(packed)) + packed + body
     with pytest.raises(WireError, match=f"metrics: {name}: .* is not a finite number from 0|is not JSON") as caught:

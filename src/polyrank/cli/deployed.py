@@ -114,7 +114,7 @@ def run(
         found = answering(folder)
         if target is not None:
             check_free(target)
-        experiment = on_this_machine(load(file, set_))
+        experiment = on_this_machine(load(file, set_), remote=True)
         drive(found, Run.create(target or free_folder(file.stem), experiment), quiet, json_)
 
 
@@ -192,7 +192,10 @@ def drive(found: Deployment, stored: Run, quiet: bool, json_: bool) -> None:
     try:
         done = sum(1 for _ in stored.records())
         with Progress(out, stored.experiment().rounds, done, silent=silent).shown() as progress:
-            outcome = follow.drive(found, stored, progress, say=tell)
+            outcome = follow.drive(found, stored, progress, say=tell, waits=err.say)
+    except follow.NotSubmittedError:
+        err.say(f"not submitted; `polyrank deploy resume {found.folder} {stored.folder}` puts it into the queue again")
+        raise typer.Exit(130) from None
     except KeyboardInterrupt:
         err.say(
             f"no longer followed; the run goes on. `polyrank deploy resume {found.folder} {stored.folder}` follows it "

@@ -88,7 +88,7 @@ def demo(folder: Path, experiment: Experiment, shown: follow.Shown, say: Say, *,
         say: is told of steps.
         gateway: see `set_up`.
     """
-    experiment = on_this_machine(experiment)
+    experiment = on_this_machine(experiment, remote=True)
     say(f"keys, certificates and {experiment.deployment.clients} nodes in {folder}; starting them")
     deployment, run = set_up(folder, experiment, gateway=gateway)
     try:

@@ -27,9 +27,15 @@ from polyrank.deploy.policy import BudgetConfig, RefusalError, check_cost, check
 from polyrank.deploy.site_file import read_site
 from polyrank.engines.announcement import Announcement, announcement_of, digest_of
 from polyrank.engines.audit import Journal
-from polyrank.engines.letters import decode_query, encode_profile, encode_refusal, encode_scores
+from polyrank.engines.letters import (
+    answer_to_another_version,
+    decode_query,
+    encode_profile,
+    encode_refusal,
+    encode_scores,
+)
 from polyrank.engines.post import Kind
-from polyrank.engines.wire import LISTING, decode_task, digest, encode_update, opened
+from polyrank.engines.wire import LISTING, VersionError, decode_task, digest, encode_update, opened
 from polyrank.errors import TrainingError
 from polyrank.experiment.machine import default_threads, pick_device
 from polyrank.experiment.models import Split
@@ -83,6 +89,9 @@ class Site:
         self._asker = {}
         try:
             return {"profile": self._profile, "fit": self._fit, "measure": self._measure}[kind](blob)
+        except VersionError as error:
+            _log.error("%s: the server's message %s", self.path, error)
+            return answer_to_another_version()
         except RefusalError as refusal:
             self._note(kind, refused=str(refusal))
             return encode_refusal(str(refusal), blob)
@@ -114,7 +123,7 @@ class Site:
         task, header = decode_task(blob)
         run = self._run(header)
         self._check_model(run, header)
-        if (difference := run.mismatch(task)) is not None:
+        if (difference := run.mismatch(task, self.examples)) is not None:
             raise RefusalError(f"not as the run was announced: {difference}")
         if (given := self._given(asked)) is not None:
             return given

@@ -120,7 +120,9 @@ data:
   text: text                   # the column of the inputs; `image: ...` in its place for images
   label: label
   # Instructions with responses: name: instructions, and response, instruction, input: their columns; see docs/data.md.
-# rank: 8                      # a LoRA rank per module, if the operator wants to state one
+# What the machine can afford: a rank, or the memory and links from which the server derives one. The experiment's
+# method says which it takes. A site from which no rank follows is left out of the run.
+# rank: 8                      # a LoRA rank per module
 # memory: 16 GiB               # of the accelerator; detect: what is free on it
 # uplink: 20 Mbit/s
 # downlink: 100 Mbit/s

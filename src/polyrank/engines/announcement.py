@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from polyrank.core.gate import steps_of
 from polyrank.core.privacy import Privacy
 from polyrank.core.types import LocalTraining, Task
 from polyrank.engines.wire import BROKEN, WireError, local_of, privacy_of, shown
@@ -53,13 +54,20 @@ class Announcement:
         """As JSON has it."""
         return asdict(self)
 
-    def mismatch(self, task: Task) -> str | None:
-        """What of a task is not as it was announced; None where all is."""
+    def mismatch(self, task: Task, examples: int) -> str | None:
+        """What of a task is not as it was announced; None where all is, or where it asks for fewer steps.
+
+        Args:
+            task: for a client.
+            examples: that it has.
+        """
         if not task.round < self.rounds:
             return f"round {task.round}, of {self.rounds} announced"
         if task.privacy != self.privacy:
             return "privacy"
         free: dict[str, Any] = {key: getattr(self.local, key) for key in ("lr", "lr_min", "schedule")}
+        if task.local.steps is not None and task.local.steps <= steps_of(self.local, examples):
+            free["steps"] = self.local.steps
         local = replace(task.local, **free)
         differences = [key for key, value in asdict(local).items() if value != getattr(self.local, key)]
         return f"local.{differences[0]}" if differences else None

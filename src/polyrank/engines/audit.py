@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from polyrank.files import from_json
 
-Event = Literal["joined", "received", "accepted", "refused", "declined", "late", "failed", "unanswered"]
+Event = Literal["joined", "received", "accepted", "refused", "declined", "late", "failed", "unanswered", "left out"]
 
 
 class Journal:

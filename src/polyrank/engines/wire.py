@@ -2,8 +2,9 @@
 
     "PRNK"  version (1 byte)  length of the header (4 bytes)  header: deflated JSON  tensors: safetensors
 
-The header of a task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels
-without a list: what it must hold follows from the task it answers, to the byte, so it is compared with that first.
+Every header names the version of polyrank that made it: another version's message is read no further. The header of a
+task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels without a list:
+what it must hold follows from the task it answers, to the byte, so it is compared with that first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from polyrank.core.privacy import Privacy
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.engines.encodings import CODECS, Encoding, relative_error
 from polyrank.files import from_json
+from polyrank.version import __version__
 
 _FRAME = struct.Struct(">4sBI")
 _MAGIC, _VERSION = b"PRNK", 1
@@ -55,6 +57,10 @@ BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 class WireError(ValueError):
     """A message that is not what it must be; says what is wrong with it."""
+
+
+class VersionError(WireError):
+    """A message of another version of polyrank."""
 
 
 class Sent(NamedTuple):
@@ -85,7 +91,8 @@ def digest(blob: bytes) -> str:
 
 def frame(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """One message from a header and flat tensors."""
-    packed = zlib.compress(json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), 9)
+    signed = {**header, "polyrank": __version__}
+    packed = zlib.compress(json.dumps(signed, separators=(",", ":"), allow_nan=False).encode(), 9)
     return _FRAME.pack(_MAGIC, _VERSION, len(packed)) + packed + (save(dict(tensors)) if tensors else b"")
 
 
@@ -93,6 +100,7 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
     """A message's header, of at most `most` bytes when unpacked, and the bytes of its tensors.
 
     Raises:
+        VersionError: if another version of polyrank has made it.
         WireError: if it is no such message.
     """
     if len(blob) < _FRAME.size:
@@ -111,7 +119,12 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
         header = from_json(text, parse_constant=_no_constant)
     except (zlib.error, ValueError) as error:
         raise WireError(f"its header cannot be read: {error}") from None
-    if not isinstance(header, dict) or header.get("kind") != kind:
+    if not isinstance(header, dict):
+        raise WireError(f"is no {kind}")
+    if (version := header.pop("polyrank", None)) != __version__:
+        theirs = "no stated version of polyrank" if version is None else f"polyrank {shown(version, 20)}"
+        raise VersionError(f"is of {theirs}, and this side has {__version__!r}: server and sites need the same version")
+    if header.get("kind") != kind:
         raise WireError(f"is no {kind}")
     return header, blob[start:]
 

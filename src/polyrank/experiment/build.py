@@ -42,6 +42,7 @@ from polyrank.experiment.planning import (
     from_config,
     group_budgets,
     notes_of,
+    planned_with,
     server_rank,
     unused_of,
 )
@@ -197,7 +198,10 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
     terms, run = experiment.terms(), announced(experiment, ground, model, secret, name)
-    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret, run))
+    local = experiment.local_training()
+    plannable = partial(planned_with, rank=ground.rank, method=ground.method, spec=ground.spec, local=local)
+    base = ground.base.fingerprint()
+    return ground.world(experiment, Remote(post, model, base, terms, audit, measure, secret, run, plannable))
 
 
 def announced(
