@@ -89,6 +89,16 @@ def test_doctests(path: Path) -> None:
     assert result.failed == 0
 
 
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    named = {match.groups() for page in PAGES for match in TEST.finditer(page.read_text())}
+    assert len(named) > 10
+    missing = [f"{file}::{name}" for file, name in named if f"\ndef {name}(" not in (ROOT / file).read_text()]
+    assert missing == []
+
+
 PROSE = re.compile(r"(`{3,}).*?\1|`[^`]*`", re.DOTALL)  # what is not prose
 OPEN = re.compile(r"\b(TODO|TBD|XXX|FIXME|[A-Z][A-Z0-9]+_[A-Z0-9_]+)\b|\{\{|\}\}|\?\?\?")
 FIGURE = re.compile(r"\b[A-Z]{4,}\d+\b")  # also in what a command is said to print
