@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -26,6 +27,7 @@ from polyrank.engines.audit import Audit  # noqa: E402
 from polyrank.engines.letters import ask_profile  # noqa: E402
 from polyrank.engines.wire import VersionError, opened  # noqa: E402
 from polyrank.errors import InputError  # noqa: E402
+from polyrank.experiment.config import ConfigError  # noqa: E402
 from polyrank.experiment.loading import parse  # noqa: E402
 from polyrank.experiment.machine import on_this_machine  # noqa: E402
 from polyrank.experiment.models import prompting_of  # noqa: E402
@@ -286,3 +288,26 @@ def test_a_site_says_that_the_server_has_another_version(
         patch.setattr("polyrank.engines.wire.__version__", "9.9")
         with pytest.raises(VersionError, match=r"and this side has '9\.9'"):
             opened(reply, "profile")
+
+
+def test_a_server_needs_no_training_data(tmp_path: Path, config: Config) -> None:
+    """It has files to validate and to test on; with the sites' data it ends with the simulator's bytes."""
+    draw, files = np.random.default_rng(0), {}
+    for name, count in (("train", 60), ("validation", 20), ("test", 20)):
+        files[name] = str(tmp_path / f"{name}.npz")
+        images = draw.integers(0, 255, (count, 16, 16), dtype=np.uint8)
+        np.savez(files[name], image=images, label=np.arange(count) % 4)
+    data = {"name": "files", "image": "image", "classes": ["a", "b", "c", "d"], **files}
+    whole = {**config, "data": {**data, "clients": 3}}
+    server_data = {key: value for key, value in data.items() if key != "train"}
+    alone = {**config, "data": server_data}
+    one = simulated(tmp_path / "simulated", whole)
+    other = deployed(tmp_path / "deployed", alone, InProcessGrid(sites_of(tmp_path / "sites", whole, NAMES)))
+    part = "state/checkpoint.safetensors"
+    assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes()
+    assert one.summary()["final"]["test"] == other.summary()["final"]["test"]  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"data\.train: missing: clients of a simulation train on it"):
+        simulated(tmp_path / "here", alone)
+    del server_data["validation"]
+    with pytest.raises(InputError, match=r"data\.validation: missing"):
+        deployed(tmp_path / "nothing", alone, InProcessGrid({}))

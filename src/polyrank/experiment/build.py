@@ -185,7 +185,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
         raise ConfigError(f"baselines: {named}: need the clients' data, which stays with them")
     if experiment.evaluate.clients:
         raise ConfigError("evaluate.clients: needs the clients' data here, and it stays with them")
-    ground = _ground(experiment)
+    ground = _ground(experiment, remote=True)
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
     kept = {"targets", "dtype", "attention", "quantize", "image_size", "max_length"}
     model = experiment.model.model_dump(include=kept) | {"kind": dataset.kind, "classes": list(dataset.classes)}
@@ -247,7 +247,7 @@ class _Ground:
         return World(self.base, spec, rank, clients, method, splits, held_out, classes, start, info, *said)
 
 
-def _ground(experiment: Experiment) -> _Ground:
+def _ground(experiment: Experiment, *, remote: bool = False) -> _Ground:
     """All but the clients, in an order in which cheap mistakes surface first."""
     torch.set_num_threads(experiment.threads or default_threads())
     method = experiment.build_method()
@@ -264,7 +264,7 @@ def _ground(experiment: Experiment) -> _Ground:
     unknown = check_start(experiment, method, planned.modules, rank, empty.info)
     for caution in unknown + cautions(empty, experiment.model.export):
         _log.warning("%s", caution)
-    shares = share_data(experiment)
+    shares = share_data(experiment, remote=remote)
     dataset, device = shares.dataset, pick_device(experiment.device)
     base = load_base(experiment.model, dataset.kind, dataset.classes, device, stream(experiment.seed, "head"))
     if experiment.local.pack:
