@@ -1,6 +1,19 @@
 """The command line, ``polyrank``: one function a command. Importing it adds the commands to `app`."""
 
-from polyrank.cli import runs, language, watching, compare, report, plans, export, merging, catalogue, deploy, deployed  # noqa: I001 - in the order in which --help shows them
+from polyrank.cli import (
+    catalogue,
+    compare,
+    deploy,
+    deployed,
+    export,
+    language,
+    merging,
+    operating,
+    plans,
+    report,
+    runs,
+    watching,
+)
 from polyrank.cli.app import app, main
 
 __all__ = [
@@ -13,6 +26,7 @@ __all__ = [
     "language",
     "main",
     "merging",
+    "operating",
     "plans",
     "report",
     "runs",

@@ -60,6 +60,9 @@ def init(
     listen: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "0.0.0.0",
     serverapp: Annotated[str | None, typer.Option(help="ServerApp, module:attribute; polyrank's if left out.")] = None,
     clientapp: Annotated[str | None, typer.Option(help="ClientApp, module:attribute; polyrank's if left out.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Serve metrics on this port of loopback; 0: a free one.")
+    ] = None,
 ) -> None:
     """Make a deployment's folder: certificates, keys, configuration, and a folder to hand over to each site."""
     with flower():
@@ -78,6 +81,7 @@ def init(
             listen=listen,
             serverapp=serverapp or Settings.serverapp,
             clientapp=clientapp or Settings.clientapp,
+            metrics_port=metrics_port,
         )
         say(f"{folder}: {len(chosen)} node{'s' * (len(chosen) > 1)}, dialling {made.settings.public}")
         say(f"next: {folder}/README.md; hand each site its folder of {folder}/nodes/")
@@ -148,7 +152,7 @@ def register(folder: Server) -> None:
 @deploy.command()
 def serve(
     folder: Server,
-    name: Annotated[str, typer.Argument(help="superlink, superexec or gateway.")],
+    name: Annotated[str, typer.Argument(help="superlink, superexec, gateway or metrics.")],
     telemetry: Telemetry = False,
 ) -> None:
     """Become one process of the server, in the foreground: what the systemd units run."""

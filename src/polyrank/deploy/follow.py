@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import TypedDict
 
@@ -17,7 +17,9 @@ from polyrank.deploy.control import ControlError
 from polyrank.deploy.layout import DeployError, Deployment
 from polyrank.experiment import shapes
 from polyrank.experiment.following import Following
-from polyrank.experiment.store import Run
+
+if TYPE_CHECKING:
+    from polyrank.experiment.store import Run  # heavy
 
 COMPLETED, STOPPED, LOST = "finished:completed", "finished:stopped", "lost"
 ATTEMPTS = 10

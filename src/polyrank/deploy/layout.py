@@ -18,8 +18,9 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from polyrank.errors import InputError
@@ -28,6 +29,7 @@ from polyrank.files import from_json
 
 LINK = "deploy"  # what Flower's command line calls the SuperLink
 LOOPBACK = "127.0.0.1"
+Port = Annotated[int, Field(ge=1, le=65_535)]
 _UNLIKE = "not as `polyrank deploy init` wrote it"
 
 
@@ -47,15 +49,17 @@ class Settings:
         names: the nodes.
         serverapp: ``module:attribute`` of the installed ServerApp.
         clientapp: ``module:attribute`` of the installed ClientApp.
+        metrics_port: of the metrics, on loopback; None for no metrics.
     """
 
     hosts: tuple[str, ...]
-    port: int
+    port: Port
     listen: str
-    superlink_port: int
+    superlink_port: Port
     names: tuple[str, ...]
     serverapp: str = "polyrank.deploy.server:app"
     clientapp: str = "polyrank.deploy.client:app"
+    metrics_port: Port | None = None
 
     @property
     def public(self) -> str:

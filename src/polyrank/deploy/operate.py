@@ -19,7 +19,7 @@ from polyrank.deploy.supervise import Service
 from polyrank.experiment import shapes
 from polyrank.files import write_json, write_text
 
-SUPERLINK, SUPEREXEC, GATEWAY = "superlink", "superexec", "gateway"
+SUPERLINK, SUPEREXEC, GATEWAY, METRICS = "superlink", "superexec", "gateway", "metrics"
 
 
 def services(deployment: Deployment, gateway: bool) -> list[Service]:
@@ -43,6 +43,8 @@ def services(deployment: Deployment, gateway: bool) -> list[Service]:
     commands = {SUPERLINK: superlink, SUPEREXEC: superexec}
     if gateway:
         commands[GATEWAY] = [nginx(), "-p", str(deployment.run), "-c", str(deployment.folder / "nginx.conf")]
+    if deployment.settings.metrics_port is not None:
+        commands[METRICS] = [program("polyrank"), "deploy", "metrics", str(deployment.folder)]
     return [
         Service(name, command, str(state), str(deployment.logs / f"{name}.log")) for name, command in commands.items()
     ]
@@ -72,6 +74,8 @@ def up(
         supervise.stop(deployment.run)  # what a supervisor that was killed has left
         wanted = services(deployment, gateway)
         _check_free("--superlink-port", LOOPBACK, deployment.settings.superlink_port)
+        if (metrics_port := deployment.settings.metrics_port) is not None:
+            _check_free("--metrics-port", LOOPBACK, metrics_port)
         if gateway:
             _check_free("--port", deployment.settings.listen, deployment.settings.port)
         supervise.start(deployment.run, wanted, environment(deployment.home, telemetry))
@@ -89,7 +93,7 @@ def serve(deployment: Deployment, name: str, telemetry: bool = False) -> None:
     """
     known = {service.name: service for service in services(deployment, name == GATEWAY)}
     if name not in known:
-        raise DeployError(f"{name!r}: a server's processes are {SUPERLINK}, {SUPEREXEC} and {GATEWAY}")
+        raise DeployError(f"{name!r}: a server's processes are {', '.join(known)} and {GATEWAY}")
     service = known[name]
     os.umask(0o077)
     os.chdir(service.cwd)

@@ -37,6 +37,7 @@ def init(
     listen: str = "0.0.0.0",
     serverapp: str = Settings.serverapp,
     clientapp: str = Settings.clientapp,
+    metrics_port: int | None = None,
 ) -> Deployment:
     """Makes a deployment's folder: keys, certificates, configuration, and a folder per node to hand over.
 
@@ -49,11 +50,14 @@ def init(
         listen: the address the gateway listens on.
         serverapp: ``module:attribute`` of an installed ServerApp.
         clientapp: ``module:attribute`` of an installed ClientApp.
+        metrics_port: of the metrics, on loopback; 0: one that is free now; None: there are none.
 
     Raises:
         DeployError: naming what cannot be, before anything is written.
     """
-    _check(folder, names, hosts, {"--port": port, "--superlink-port": superlink_port}, listen, (serverapp, clientapp))
+    ports = {"--port": port, "--superlink-port": superlink_port}
+    ports |= {} if metrics_port is None else {"--metrics-port": metrics_port}
+    _check(folder, names, hosts, ports, listen, (serverapp, clientapp))
     settings = Settings(
         hosts=tuple(hosts),
         port=port or free_port(),
@@ -62,6 +66,7 @@ def init(
         names=tuple(names),
         serverapp=serverapp,
         clientapp=clientapp,
+        metrics_port=free_port() if metrics_port == 0 else metrics_port,
     )
     ca_key, ca_certificate = certificates.authority()
     key, certificate = certificates.server_certificate(ca_key, ca_certificate, hosts)
@@ -153,8 +158,9 @@ def _check(
     for option, port in ports.items():
         if not 0 <= port < 65536:
             raise DeployError(f"{option}: {port} must be between 1 and 65535, or 0 for one that is free")
-    if len(set(ports.values())) < len(ports) and all(ports.values()):
-        raise DeployError("--port and --superlink-port must differ")
+    given = [port for port in ports.values() if port]
+    if len(set(given)) < len(given):
+        raise DeployError(f"{', '.join(ports)} must differ")
     if not _is_address(listen):
         raise DeployError(f"--listen: {listen!r} is not an address of this machine, for example 0.0.0.0")
     for component in components:

@@ -30,7 +30,7 @@ NGINX = """\
 daemon off;
 worker_processes 1;
 pid $folder/run/nginx.id;
-error_log $folder/logs/gateway-errors.log;
+error_log stderr;  # into the log of the process, which is rotated
 events { worker_connections 1024; }
 http {
   access_log off;
