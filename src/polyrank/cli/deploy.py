@@ -127,6 +127,7 @@ def renew(folder: Server, days: Annotated[int, typer.Option(min=1, max=36_500, h
 def up(
     folder: Server,
     gateway: Annotated[bool, typer.Option("--gateway", help="Run nginx as well, which other machines reach.")] = False,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for a container.")] = False,
     telemetry: Telemetry = False,
 ) -> None:
     """Start the server in the background, wait until it answers, and register the nodes. May be repeated."""
@@ -134,6 +135,9 @@ def up(
         from polyrank.deploy import operate
 
         found = opened(folder)
+        if foreground:
+            operate.stay(found, say, gateway=gateway, telemetry=telemetry)
+            return
         ids = operate.up(found, gateway=gateway, telemetry=telemetry)
         reached = found.settings.public if gateway else f"{found.superlink}, from this machine alone"
         say(f"SuperLink answers; {len(ids)} nodes registered; reached as {reached}")

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from polyrank.errors import InputError
 from polyrank.experiment.shapes import check
-from polyrank.files import from_json
+from polyrank.files import from_json, named
 
 LINK = "deploy"  # what Flower's command line calls the SuperLink
 LOOPBACK = "127.0.0.1"
@@ -276,8 +276,13 @@ def write_private(path: Path, data: str | bytes) -> None:
     Raises:
         FileExistsError: rather than overwrite.
     """
-    for folder in reversed(path.parents):
+    private_folder(path.parent)
+    with named(path), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder, and what is above it, that only their owner may enter, where they are not there."""
+    for folder in (*reversed(path.parents), path):
         if not folder.exists():
             folder.mkdir(mode=0o700)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import ipaddress
 import json
+import os
 import re
 import secrets
 import shlex
@@ -77,7 +78,7 @@ def init(
         "server/server.key": key,
         "server/server.crt": certificate,
         "server/superexec.secret": secrets.token_bytes(48),
-        **_texts(deployment.folder, settings),
+        **texts(deployment.folder, settings),
     }
     for name in names:
         files |= _node_files(name, settings, ca_certificate)
@@ -137,6 +138,18 @@ def check_names(names: Sequence[str]) -> None:
             raise DeployError(f"node {name!r}: is there twice, in capitals or not; names must differ")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot become a server's.
+
+    Raises:
+        DeployError: saying why.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DeployError(f"{folder}: is not an empty folder; choose another")
+    if re.search(r"[\s\"'$;{}%\\]", str(folder.resolve())):
+        raise DeployError(f"{folder}: the path goes into configuration files: no spaces, quotes, or $ ; {{ }} % \\")
+
+
 def _check(
     folder: Path,
     names: Sequence[str],
@@ -145,10 +158,7 @@ def _check(
     listen: str,
     components: Iterable[str],
 ) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DeployError(f"{folder}: is not an empty folder; choose another")
-    if re.search(r"[\s\"'$;{}%\\]", str(folder.resolve())):
-        raise DeployError(f"{folder}: the path goes into configuration files: no spaces, quotes, or $ ; {{ }} % \\")
+    check_folder(folder)
     check_names(names)
     if not hosts:
         raise DeployError("--host: missing: the name or address under which the sites reach this machine")
@@ -191,8 +201,8 @@ def _node_files(name: str, settings: Settings, ca_certificate: bytes) -> dict[st
     }
 
 
-def _texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
-    """The text files of a server."""
+def texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
+    """The text files of a server, by their path in its folder; they name the folder."""
     listen = f"[{settings.listen}]" if ":" in settings.listen else settings.listen
     common = {"folder": str(folder), "public": settings.public}
     sites = "".join(_filled(templates.README_SITE, name=name, **common) for name in settings.names)
@@ -216,24 +226,33 @@ def _texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
             sites=sites,
             **common,
         ),
-        **_units(folder),
+        **_units(folder, settings),
     }
 
 
-def _units(folder: Path) -> dict[str, str | bytes]:
+def _units(folder: Path, settings: Settings) -> dict[str, str | bytes]:
     """systemd units of the server: each runs one process, as `polyrank deploy serve` says it is run."""
     polyrank = str(Path(sys.executable).parent / "polyrank")
-    described = {"superlink": "SuperLink", "superexec": "SuperExec", "gateway": "gateway"}
+    cores = os.cpu_count() or 1
+    described = {  # what it is, and the most memory and processor time that it may take
+        "superlink": ("SuperLink", "40%", "200%"),
+        "superexec": ("SuperExec", "75%", f"{90 * cores}%"),
+        "gateway": ("gateway", "1G", "100%"),
+    }
+    if settings.metrics_port is not None:
+        described["metrics"] = ("metrics", "512M", "50%")
     return {
         f"systemd/polyrank-{name}.service": _filled(
             templates.SERVER_UNIT,
             description=f"polyrank {text}",
+            memory=memory,
+            cpu=cpu,
             after="" if name == "superlink" else " polyrank-superlink.service",
             user=getpass.getuser(),
             folder=str(folder),
             command=shlex.join([polyrank, "deploy", "serve", str(folder), name]),
         )
-        for name, text in described.items()
+        for name, (text, memory, cpu) in described.items()
     }
 
 

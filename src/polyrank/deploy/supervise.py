@@ -54,8 +54,11 @@ def start(folder: Path, services: Sequence[Service], environment: Mapping[str, s
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     stored = folder / "services.json"
-    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump([asdict(service) for service in services], file)
+    try:
+        with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            json.dump([asdict(service) for service in services], file)
+    except OSError as error:  # of a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(stored)) from None
     command = [sys.executable, "-P", __file__, str(folder), "--detach"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=folder, env=dict(environment))
     deadline = time.monotonic() + 10

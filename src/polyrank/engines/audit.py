@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from polyrank.files import from_json
+from polyrank.files import from_json, named
 
 Event = Literal["joined", "received", "accepted", "refused", "late", "failed", "unanswered"]
 
@@ -28,7 +28,7 @@ class Audit:
         """Appends a line."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"time": now, "event": event, "round": round_, "client": client, **more}
-        with open(self.path, "ab") as file:
+        with named(self.path), open(self.path, "ab") as file:
             if file.tell() and not self._ends_whole():
                 file.write(b"\n")  # after a line that a crash cut short
             file.write(json.dumps(line).encode() + b"\n")
