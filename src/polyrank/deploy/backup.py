@@ -79,7 +79,7 @@ def backup(deployment: Deployment, out: Path) -> Backup:
     temporary, count = out.with_name(f".{out.name}.{os.getpid()}.tmp"), 0
     try:
         with named(out), open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as archive:
+            with tarfile.open(fileobj=file, mode="w", encoding="utf-8") as archive:
                 for path in _files(deployment.folder):
                     count += _added(archive, path, path.relative_to(deployment.folder).as_posix())
                 count += _database(archive, deployment.folder, out.parent)
@@ -109,7 +109,7 @@ def restore(archive: Path, folder: Path) -> Manifest:
     target = folder.resolve()
     manifest: Manifest | None = None
     try:
-        with named(archive), tarfile.open(archive, "r:") as opened, whole_folder(target) as making:
+        with named(archive), tarfile.open(archive, "r:", encoding="utf-8") as opened, whole_folder(target) as making:
             making.chmod(0o700)
             for member in opened:
                 if member.name == _MANIFEST:
