@@ -61,7 +61,8 @@ def test_systemd_takes_the_units(made: Deployment, tmp_path: Path) -> None:
         (folder / unit.name).write_text(text)
     checked = [folder / unit.name.replace("@", "@north") for unit in units(made)]
     done = subprocess.run([ANALYZE, "verify", *map(str, checked)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "polyrank" in line] == []  # of units of the machine, it may
     broken = folder / "polyrank-superlink.service"
     broken.write_text(broken.read_text().replace("MemoryMax=40%", "MemoryMax=much"))
     said = subprocess.run([ANALYZE, "verify", str(broken)], capture_output=True, text=True).stderr

@@ -183,6 +183,7 @@ polyrank deploy status $folder              # processes, nodes, runs, and until 
 polyrank deploy run $folder FILE.yaml       # a run, followed to its end
 polyrank deploy resume $folder runs/NAME    # follows a run again, or continues it
 polyrank deploy logs $folder superlink      # or superexec, gateway, supervisor
+polyrank deploy backup $folder --out FILE   # keys, database and runs in one file; `restore` makes a folder of it
 polyrank deploy down $folder                # ends all of it; a later `up` goes on with the same nodes
 ```
 
