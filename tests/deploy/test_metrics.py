@@ -113,7 +113,7 @@ def test_what_is_added_is_counted_and_what_flower_does_not_say_stays(made: Deplo
         return {"north": "online"}, {"17": "finished:completed"}
 
     metrics = Metrics(made, ask)
-    metrics.ask()
+    assert metrics.ask()
     name, audit = str(run.folder), Audit(run.folder / "audit.jsonl")
     before = of(parsed(metrics.page()), "polyrank_answers_total", run=name, outcome="failed")
     audit.note("failed", 1, "c", reason="")
@@ -121,7 +121,7 @@ def test_what_is_added_is_counted_and_what_flower_does_not_say_stays(made: Deplo
         file.write('{"event": "fai')  # cut short by a crash
     audit.note("failed", 1, "c", reason="")
     silent[0] = True
-    metrics.ask()
+    assert not metrics.ask()
     values = parsed(metrics.page())
     assert of(values, "polyrank_answers_total", run=name, outcome="failed") == before + 2
     assert of(values, "polyrank_sites_connected") == 1

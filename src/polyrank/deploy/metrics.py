@@ -34,6 +34,7 @@ from polyrank.files import from_json
 
 OUTCOMES = ("accepted", "refused", "late", "failed", "unanswered")
 _EVERY = 60.0  # seconds between questions to Flower
+_AGAIN = 3.0  # after one that it has not answered
 _KINDS = 30  # most reasons of refusals that are told apart in a run; a site words a part of them
 _LONGEST = 100  # characters of a reason
 
@@ -140,13 +141,14 @@ class Metrics:
         self._heard = 0.0  # since the epoch, when Flower last answered
         self._lock = threading.Lock()
 
-    def ask(self) -> None:
-        """Asks Flower who is connected and which runs go on. Where it does not answer, what it said before stays."""
+    def ask(self) -> bool:
+        """Asks Flower who is connected and which runs go on; whether it answers. If not, what it said before stays."""
         try:
             self._nodes, self._states = self._ask(Deployment(self.folder))
         except (DeployError, OSError):
-            return
+            return False
         self._heard = time.time()
+        return True
 
     def page(self) -> bytes:
         """All metrics now, in Prometheus' text format."""
@@ -236,9 +238,10 @@ def serve(deployment: Deployment) -> None:
 
 
 def _ask_always(metrics: Metrics) -> None:
+    deployment = Deployment(metrics.folder)
     while True:
-        metrics.ask()
-        time.sleep(_EVERY)
+        answers = operate.healthy(deployment, deployment.settings.superlink_port) and metrics.ask()
+        time.sleep(_EVERY if answers else _AGAIN)
 
 
 def _answer(deployment: Deployment) -> tuple[dict[str, str], dict[str, str]]:
