@@ -1,10 +1,12 @@
 """The files of `ops/`: who runs in a container, what it may write, what is in an image, and that its commands exist."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ import pytest
 from click import UsageError
 
 from commands import parse_command
+
+pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+
+from polyrank.deploy import join, operate
+from polyrank.deploy.layout import Node
 from polyrank.files import from_yaml
+
+from .conftest import made as deployment_of
+from .test_runs import EXPERIMENT, call, orders, soon
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "ops"
@@ -137,3 +147,48 @@ def test_commands_of_the_page_exist() -> None:
             parse_command(shlex.split(command, comments=True))
         except UsageError as error:
             pytest.fail(f"polyrank {command}: {error.format_message()}")
+
+
+READ_ONLY = 'mount --make-rprivate / && mount --bind "$0" "$0" && mount -o remount,ro,bind / && exec "$@"'
+
+
+def confined(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
+    """A command of `polyrank deploy` that may write in one folder, as in a container; the rest is read-only."""
+    command = ["unshare", "-m", "sh", "-c", READ_ONLY, str(folder), sys.executable, "-m", "polyrank.cli", "deploy"]
+    environment = {**os.environ, "TMPDIR": str(folder), "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    with open(folder / "output", "wb") as output:
+        return subprocess.Popen([*command, *map(str, arguments)], env=environment, stdout=output, stderr=output)
+
+
+def can_confine() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    script = READ_ONLY.replace('exec "$@"', "! touch /polyrank-was-here")
+    return subprocess.run(["unshare", "-m", "sh", "-c", script, "/tmp"], capture_output=True).returncode == 0
+
+
+@pytest.mark.deploy
+def test_a_server_and_a_site_write_in_their_folders_alone(apps: None, tmp_path: Path) -> None:
+    if not can_confine():
+        pytest.skip("mounts cannot be made read-only here: needs root and unshare")
+    folders = {name: tmp_path / name for name in ("server", "site")}
+    made = deployment_of(folders["server"] / "federation", "north")
+    folders["site"].mkdir()
+    site = Node.open(shutil.move(made.node("north").folder, folders["site"] / "north"))
+    server = confined(folders["server"], "up", made.folder, "--gateway", "--foreground")
+    nodes = []
+    try:
+        soon(lambda: "registered" in (folders["server"] / "output").read_text())
+        nodes = [confined(folders["site"], "join", site.folder, "--foreground", "--no-keep")]
+        assert join.connected(site, 60), operate.tail(site.logs / "supernode.log")
+        assert [operate.fault(place) for place in (made, site)] == [None, None]
+        run = made.folder / "runs" / "first"
+        orders(run.parent, nodes=1)
+        arguments = ["run", made.folder, EXPERIMENT, "--set", "rounds=1", "--out", run, "--quiet"]
+        done = call(*arguments)
+        assert done.exit_code == 0, done.output
+    finally:
+        for process in (*nodes, server):
+            process.terminate()
+        codes = [process.wait(60) for process in (*nodes, server)]
+    assert codes == [0, 0]
