@@ -33,6 +33,7 @@ def call(*arguments: object) -> Result:
 
 def orders(folder: Path, **told: Any) -> None:
     """What the toy server is to do in runs below a folder."""
+    folder.mkdir(exist_ok=True)
     (folder / "orders.json").write_text(json.dumps({"nodes": 2, **told}))
 
 

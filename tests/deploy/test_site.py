@@ -141,6 +141,10 @@ def test_a_sites_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> Non
         ({"data": {"name": "digts"}}, "Did you mean 'digits'"),
         ({"rehearse": {"experiment": "x.yaml", "client": "y"}}, r"rehearse.experiment: .*/x.yaml: no such file"),
         ({"data": {"name": "files", "train": "a.csv", "test": "b.csv"}}, r"data.train: .*/a.csv: no such file"),
+        (
+            {"data": {"name": "files", "test": "b.csv", "validation": "b.csv"}},
+            r"data.train: missing: a site trains on it",
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, config: dict[str, Any], said: str) -> None:

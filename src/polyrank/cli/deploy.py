@@ -60,6 +60,9 @@ def init(
     listen: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "0.0.0.0",
     serverapp: Annotated[str | None, typer.Option(help="ServerApp, module:attribute; polyrank's if left out.")] = None,
     clientapp: Annotated[str | None, typer.Option(help="ClientApp, module:attribute; polyrank's if left out.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Serve metrics on this port of loopback; 0: a free one.")
+    ] = None,
 ) -> None:
     """Make a deployment's folder: certificates, keys, configuration, and a folder to hand over to each site."""
     with flower():
@@ -78,6 +81,7 @@ def init(
             listen=listen,
             serverapp=serverapp or Settings.serverapp,
             clientapp=clientapp or Settings.clientapp,
+            metrics_port=metrics_port,
         )
         say(f"{folder}: {len(chosen)} node{'s' * (len(chosen) > 1)}, dialling {made.settings.public}")
         say(f"next: {folder}/README.md; hand each site its folder of {folder}/nodes/")
@@ -123,6 +127,7 @@ def renew(folder: Server, days: Annotated[int, typer.Option(min=1, max=36_500, h
 def up(
     folder: Server,
     gateway: Annotated[bool, typer.Option("--gateway", help="Run nginx as well, which other machines reach.")] = False,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for a container.")] = False,
     telemetry: Telemetry = False,
 ) -> None:
     """Start the server in the background, wait until it answers, and register the nodes. May be repeated."""
@@ -130,6 +135,9 @@ def up(
         from polyrank.deploy import operate
 
         found = opened(folder)
+        if foreground:
+            operate.stay(found, say, gateway=gateway, telemetry=telemetry)
+            return
         ids = operate.up(found, gateway=gateway, telemetry=telemetry)
         reached = found.settings.public if gateway else f"{found.superlink}, from this machine alone"
         say(f"SuperLink answers; {len(ids)} nodes registered; reached as {reached}")
@@ -148,7 +156,7 @@ def register(folder: Server) -> None:
 @deploy.command()
 def serve(
     folder: Server,
-    name: Annotated[str, typer.Argument(help="superlink, superexec or gateway.")],
+    name: Annotated[str, typer.Argument(help="superlink, superexec, gateway or metrics.")],
     telemetry: Telemetry = False,
 ) -> None:
     """Become one process of the server, in the foreground: what the systemd units run."""

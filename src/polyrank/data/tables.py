@@ -46,8 +46,8 @@ class Raw(NamedTuple):
 
 def files(
     *,
-    test: Path,
     train: Path | None = None,
+    test: Path,
     validation: Path | None = None,
     text: str | list[str] | None = None,
     image: str | None = None,
@@ -62,8 +62,8 @@ def files(
     images are numbers (N, H, W) or (N, H, W, C).
 
     Args:
-        test: the file for reporting.
         train: the file that is split among the clients; not needed on a server whose clients are on other machines.
+        test: the file for reporting.
         validation: the file for selection; without it, part of train is held out.
         text: the text column; several are joined in order with one space, empty ones left out.
         image: the image column: encoded bytes, or the hub's {bytes, path} pairs.

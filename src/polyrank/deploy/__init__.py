@@ -20,4 +20,7 @@ control        Flower's command line, as functions
 operate        the server: up, register, remove, status, down
 join           a node
 follow         a run: submit, follow, submit again
+metrics        what Prometheus is told of a server; alerts.yaml has the alerts
+exposition     the text format of metrics
+backup         a server's folder in one file, and back
 """

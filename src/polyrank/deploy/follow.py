@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import TypedDict
 
@@ -19,7 +19,10 @@ from polyrank.deploy.control import ControlError
 from polyrank.deploy.layout import DeployError, Deployment
 from polyrank.experiment import shapes
 from polyrank.experiment.following import Following
-from polyrank.experiment.store import Run
+from polyrank.files import append_line
+
+if TYPE_CHECKING:
+    from polyrank.experiment.store import Run  # heavy
 
 COMPLETED, STOPPED, LOST = "finished:completed", "finished:stopped", "lost"
 ATTEMPTS = 10
@@ -86,8 +89,7 @@ def submit(deployment: Deployment, stored: Run) -> str:
     if re.search(r"[\"'\\\n]", folder):
         raise DeployError(f"{folder}: Flower cannot be told a path with quotes or backslashes")
     run_id = control.start_run(deployment, folder)
-    with open(_book(deployment), "a", encoding="utf-8") as file:
-        file.write(json.dumps({"id": run_id, "folder": folder}) + "\n")
+    append_line(_book(deployment), json.dumps({"id": run_id, "folder": folder}))
     return run_id
 
 

@@ -18,16 +18,18 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from polyrank.errors import InputError
 from polyrank.experiment.shapes import check
-from polyrank.files import from_json
+from polyrank.files import from_json, named
 
 LINK = "deploy"  # what Flower's command line calls the SuperLink
 LOOPBACK = "127.0.0.1"
+Port = Annotated[int, Field(ge=1, le=65_535)]
 _UNLIKE = "not as `polyrank deploy init` wrote it"
 
 
@@ -47,15 +49,17 @@ class Settings:
         names: the nodes.
         serverapp: ``module:attribute`` of the installed ServerApp.
         clientapp: ``module:attribute`` of the installed ClientApp.
+        metrics_port: of the metrics, on loopback; None for no metrics.
     """
 
     hosts: tuple[str, ...]
-    port: int
+    port: Port
     listen: str
-    superlink_port: int
+    superlink_port: Port
     names: tuple[str, ...]
     serverapp: str = "polyrank.deploy.server:app"
     clientapp: str = "polyrank.deploy.client:app"
+    metrics_port: Port | None = None
 
     @property
     def public(self) -> str:
@@ -272,8 +276,13 @@ def write_private(path: Path, data: str | bytes) -> None:
     Raises:
         FileExistsError: rather than overwrite.
     """
-    for folder in reversed(path.parents):
+    private_folder(path.parent)
+    with named(path), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder, and what is above it, that only their owner may enter, where they are not there."""
+    for folder in (*reversed(path.parents), path):
         if not folder.exists():
             folder.mkdir(mode=0o700)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)

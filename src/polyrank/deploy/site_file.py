@@ -65,6 +65,8 @@ class SiteConfig(Resources):
     def _consistent(self) -> SiteConfig:
         if (self.data is None) == (self.rehearse is None):
             raise ValueError("exactly one of data and rehearse says what it trains on")
+        if self.data is not None and getattr(self.data, "train", self.data) is None:
+            raise ValueError("data.train: missing: a site trains on it")
         if (self.policy is None) == (self.approve == "policy"):
             raise ValueError("policy: says which runs are approved where approve: policy, and goes with nothing else")
         if self.budget is not None and self.floor.on_server is not None:

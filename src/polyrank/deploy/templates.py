@@ -30,7 +30,7 @@ NGINX = """\
 daemon off;
 worker_processes 1;
 pid $folder/run/nginx.id;
-error_log $folder/logs/gateway-errors.log;
+error_log stderr;  # into the log of the process, which is rotated
 events { worker_connections 1024; }
 http {
   access_log off;
@@ -63,12 +63,17 @@ http {
 """
 
 _KEPT = """\
-Restart=always
+Restart=on-failure
 RestartSec=10
 UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
-ProtectSystem=full
+ProtectSystem=strict
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
 
 [Install]
 WantedBy=multi-user.target
@@ -85,7 +90,11 @@ Wants=network-online.target
 User=$user
 WorkingDirectory=$folder
 ExecStart=$command
+# All else is read-only: runs and downloaded models are written here. Add a path to have them elsewhere.
 ReadWritePaths=$folder
+Environment=HF_HOME=$folder/models
+MemoryMax=$memory
+CPUQuota=$cpu
 """
     + _KEPT
 )
@@ -103,7 +112,12 @@ Wants=network-online.target time-sync.target
 User=polyrank
 WorkingDirectory=/var/lib/polyrank/%i
 ExecStart=/opt/polyrank/bin/polyrank deploy join /var/lib/polyrank/%i --foreground
+# All else is read-only: downloaded models are written here, too.
 ReadWritePaths=/var/lib/polyrank/%i
+Environment=HF_HOME=/var/lib/polyrank/%i/models
+# What this machine can spare: 100% is one core. Say as many cores under `threads` in site.yaml.
+MemoryMax=80%
+CPUQuota=400%
 """
     + _KEPT
 )
@@ -162,7 +176,8 @@ whoever has it can take part under this name. Keep it on this machine, readable 
 `polyrank deploy down .` ends it. A new run waits for you: `polyrank site runs .` shows it and what it would cost,
 `polyrank site approve . RUN` or `deny` decides, `polyrank site pause .` stops all answers, and `polyrank site log .`
 says who asked what. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
-runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
+runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=`, the path of `polyrank`, and
+`MemoryMax=` and `CPUQuota=`; then
 `systemctl enable --now polyrank-node@$name`.
 
 | file | what it is |
@@ -191,6 +206,7 @@ polyrank deploy status $folder              # processes, nodes, runs, and until 
 polyrank deploy run $folder FILE.yaml       # a run, followed to its end
 polyrank deploy resume $folder runs/NAME    # follows a run again, or continues it
 polyrank deploy logs $folder superlink      # or superexec, gateway, supervisor
+polyrank deploy backup $folder --out FILE   # keys, database and runs in one file; `restore` makes a folder of it
 polyrank deploy down $folder                # ends all of it; a later `up` goes on with the same nodes
 ```
 

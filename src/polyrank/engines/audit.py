@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from polyrank.files import from_json
+from polyrank.files import from_json, named
 
 Event = Literal["joined", "received", "accepted", "refused", "declined", "late", "failed", "unanswered", "left out"]
 
@@ -23,7 +23,7 @@ class Journal:
     def append(self, **what: Any) -> None:
         """Appends a line, and flushes it to disk."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **what}
-        with open(self.path, "ab") as file:
+        with named(self.path), open(self.path, "ab") as file:
             if file.tell() and not self._ends_whole():
                 file.write(b"\n")  # after a line that a crash cut short
             file.write(json.dumps(line).encode() + b"\n")
