@@ -94,7 +94,7 @@ def killed(folder: Path, name: str) -> bool:
 
 
 def test_a_run_survives_what_is_killed(deployment: Deployment, config: Config, tmp_path: Path) -> None:
-    terms = {**config["deployment"], "quorum": 0.6, "deadline": 120}
+    terms = {**config["deployment"], "quorum": 0.6, "grace": 5, "deadline": 120}
     chosen = experiment(config, rounds=20, deployment=terms, method={"name": "rb_lora"})
     run = Run.create(tmp_path / "run", chosen)
     follow.submit(deployment, run)
