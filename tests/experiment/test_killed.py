@@ -63,7 +63,7 @@ def moment(number: int, start: float, whole: float) -> dict[str, Any]:
     if way == 2:  # most of the time, in the middle of a write
         return {"after": float(start + rng.uniform(0, (whole - start) / 2)), "slow": 0.05}
     at = ("write", "replace", "replaced")[int(rng.integers(3))] if way == 3 else "write"
-    return {"at": at, "count": int(rng.integers(1, 8)), "share": float(rng.choice([0, rng.random(), 1]))}
+    return {"at": at, "count": int(rng.integers(1, 25)), "share": float(rng.choice([0, rng.random(), 1]))}
 
 
 @pytest.fixture(scope="module")
