@@ -1,6 +1,7 @@
 """The command line, ``polyrank``: one function a command. Importing it adds the commands to `app`."""
 
-from polyrank.cli import runs, language, watching, compare, report, plans, export, merging, catalogue, deploy, deployed  # noqa: I001 - in the order in which --help shows them
+from polyrank.cli import runs, language, watching, compare, report, plans, export, merging  # noqa: I001 - in the order
+from polyrank.cli import catalogue, deploy, keys, deployed  # in which --help shows them
 from polyrank.cli.app import app, main
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "deploy",
     "deployed",
     "export",
+    "keys",
     "language",
     "main",
     "merging",

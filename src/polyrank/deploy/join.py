@@ -10,15 +10,14 @@ from pathlib import Path
 
 import httpx
 
-from polyrank.deploy import supervise
+from polyrank.deploy import expiry, supervise
 from polyrank.deploy.certificates import trust
 from polyrank.deploy.control import plain
-from polyrank.deploy.layout import LOOPBACK, DeployError, Node, environment, free_port, program, write_private
+from polyrank.deploy.layout import ADDRESS, LOOPBACK, DeployError, Node, environment, free_port, program, write_private
 from polyrank.deploy.supervise import Service
 
 SUPERNODE, SUPEREXEC, KEEPER = "supernode", "superexec", "keeper"
 AHEAD, BEHIND = 5.0, 300.0  # seconds by which the server lets a node's clock differ
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}")
 _CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 
 
@@ -60,7 +59,7 @@ def join(
     """Starts a node and keeps it running: in the background, or here until it is told to end.
 
     Args:
-        folder: the node's, as it was handed over.
+        folder: the node's, with the server's answer in it.
         superlink: ``host:port`` of the server; as the server's operator wrote it if left out.
         site: the site's configuration; site.yaml of the folder if left out.
         data: where the site's data is, instead of where its configuration says.
@@ -70,11 +69,11 @@ def join(
         telemetry: leaves Flower's telemetry and update checks on.
 
     Raises:
-        DeployError: naming what is missing, what of the server's certificate or of the clock is wrong.
+        DeployError: naming what is missing or over, what of the server's certificate or of the clock is wrong.
     """
     node = Node.open(folder)
     address, config = superlink or node.superlink, (site or node.folder / "site.yaml").resolve()
-    if not _ADDRESS.fullmatch(address):
+    if not ADDRESS.fullmatch(address):
         raise DeployError(f"{'--superlink' if superlink else node.about}: {address!r} is not host:port")
     _check(node, config, data)
     if not foreground:
@@ -139,5 +138,8 @@ def _check(node: Node, site: Path, data: Path | None) -> None:
             raise DeployError(f"{path}: Flower cannot be told a path with quotes or backslashes")
     if node.key.stat().st_mode & 0o077:
         raise DeployError(f"{node.key}: others may read it; chmod 600 {node.key}")
+    for deadline in expiry.of_node(node):
+        if deadline.level == "error" and deadline.what.startswith("key of"):
+            raise DeployError(str(deadline))
     if pid := supervise.running(node.run, supervise.SUPERVISOR):
         raise DeployError(f"{node.folder}: node {node.name} runs already (pid {pid}); `polyrank deploy down` ends it")
