@@ -167,3 +167,21 @@ def test_without_flower_only_deploy_is_missing(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "pip install 'flwr>=1.41,<1.43' (the extra 'flower')" in done.stderr
     assert not (tmp_path / "d").exists()
+
+
+def test_a_node_is_connected_if_its_present_process_is(made: Deployment) -> None:
+    node = made.node("a")
+    node.logs.mkdir()
+    log = node.logs / "supernode.log"
+    note = "[supervisor] 2026-01-02 03:04:05 supernode"
+    log.write_text(f"{note} starts\nINFO : SuperNode ID: 12\n")
+    assert join.connected(node, 0) == "12"
+    for more, known in (
+        (f"{note} ended with code 1; starts again in 1 s\n", None),
+        (f"{note} starts\n", None),
+        ("INFO : SuperNode ID: 34\n", "34"),
+        (f"{note} stopped\n", None),
+    ):
+        with open(log, "a") as file:
+            file.write(more)
+        assert join.connected(node, 0) == known

@@ -92,9 +92,9 @@ def connected(node: Node, patience: float) -> str | None:
     log, deadline = node.logs / f"{SUPERNODE}.log", time.monotonic() + patience
     while True:
         text = plain(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else ""
-        last = text.rpartition(f"] {SUPERNODE} starts\n")[2] if "[supervisor]" in text else ""
-        last = last if last else text
-        if found := _CONNECTED.search(last):
+        last = text.rpartition(f" {SUPERNODE} starts\n")[2]
+        over = "[supervisor]" in last  # of a process that has ended, and the next one has written nothing yet
+        if not over and (found := _CONNECTED.search(last)):
             return found[1]
         if time.monotonic() > deadline:
             return None
