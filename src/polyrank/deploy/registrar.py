@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from polyrank.deploy import control, expiry, registry
 from polyrank.deploy.layout import DeployError, Deployment, write_private
 
-_PAUSE = 5.0  # seconds between looks at the registry
+_PAUSE = 2.0  # seconds between looks at the registry
 _AGAIN = 60.0  # seconds after which something that failed is tried again
 
 
