@@ -1,6 +1,7 @@
-"""Nodes that come, go, get other keys and expire, at a real SuperLink, while a run goes on."""
+"""Nodes that come, go, get other keys and expire, and a certificate that is renewed, while a run goes on."""
 
 import json
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -8,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from polyrank.deploy import control, follow, identity, join, operate, provision, registrar, registry
-from polyrank.deploy.enrolment import instant, read_answer, read_request
+from polyrank.deploy import (
+    certificates,
+    control,
+    follow,
+    identity,
+    join,
+    operate,
+    provision,
+    registrar,
+    registry,
+    renewal,
+)
+from polyrank.deploy.enrolment import instant, read_answer
 from polyrank.deploy.layout import DeployError, Deployment
 from polyrank.experiment.loading import load
 from polyrank.experiment.store import Run
@@ -73,27 +85,31 @@ def test_nodes_come_and_go_under_load(deployment: Deployment, load_on_it: Run, t
         operate.remove(deployment, "delta")
         operate.down(node)
     assert operate.node_ids(deployment) == others
+
+    renewal.renew(deployment, days=77)
+    assert operate.restart(deployment, ("superlink", "gateway")) == ["superlink", "gateway"]
+    for port in (deployment.settings.port, deployment.settings.superlink_port):
+        served = ssl.get_server_certificate(("127.0.0.1", port))
+        assert (certificates.expires(served.encode()) - datetime.now(UTC)).days == 76
     done = len(list(load_on_it.records()))
     soon(lambda: len(list(load_on_it.records())) > done)
 
 
 def test_what_was_interrupted_is_finished(deployment: Deployment, tmp_path: Path) -> None:
     """Ids that were not written down are known again, and who was taken back meanwhile is not let in."""
-    others = operate.node_ids(deployment)
+    others, ids = operate.node_ids(deployment), {}
     for name in ("one", "two"):
-        identity.request(tmp_path / name, name, deployment.settings.federation)
-    provision.add(deployment, tmp_path / "one" / "request.json")
-    ids = registrar.register(deployment)
+        asked = identity.request(tmp_path / name, name, deployment.settings.federation)
+        (tmp_path / f"{name}.pub").write_text(f"{asked.key} {name}\n")
+        ids[name] = control.register(deployment, tmp_path / f"{name}.pub", name)
+        if name == "one":
+            provision.add(deployment, tmp_path / "one" / "request.json")
+            assert registrar.register(deployment) == {**others, "one": ids["one"]}
     with registry.changing(deployment) as book:
-        book["nodes"]["one"]["id"] = ""
-    assert registrar.register(deployment) == ids
-    operate.remove(deployment, "one")
-    key = tmp_path / "two.pub"
-    key.write_text(f"{read_request(tmp_path / 'two' / 'request.json').key} two\n")
-    stranger = control.register(deployment, key, "two")
+        registry.leave(book, "one", datetime.now(UTC))
     assert registrar.register(deployment) == others
-    assert stranger not in control.nodes(deployment)
     provision.add(deployment, tmp_path / "two" / "request.json")
     with pytest.raises(DeployError, match="node two: Flower has refused this key before"):
         registrar.register(deployment)
-    operate.remove(deployment, "two")
+    with registry.changing(deployment) as book:
+        registry.leave(book, "two", datetime.now(UTC))

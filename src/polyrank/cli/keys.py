@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +79,7 @@ def add(
 
         found, asked = opened(folder), read_request(file)
         say(f"{asked.name}: key {asked.fingerprint}, valid until {asked.until[:10]}")
-        _compare(f"{file}", asked.fingerprint, fingerprint, "the site's operator")
+        _compare(file, asked.fingerprint, [fingerprint] if fingerprint else [], "the site's operator")
         say(f"{asked.name}: {provision.add(found, file, replace=replace)}")
         if not operate.settle(found):
             say(f"the server does not run; `polyrank deploy up {folder}` registers it")
@@ -91,7 +92,12 @@ def add(
 def accept(
     folder: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The site's folder.")],
     file: Annotated[Path, typer.Argument(metavar="ANSWER", help="What the server's operator has sent back.")],
-    fingerprint: Fingerprint = None,
+    fingerprint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHA256:...", help="Of an authority to trust; asked for at a terminal if left out. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """At a site: put the server's answer in place: its address, and the authority to trust. May be repeated."""
     with flower():
@@ -101,10 +107,10 @@ def accept(
         answer = read_answer(file)
         for authority in identity.strangers(folder, answer):
             say(f"authority {authority}, which this site does not trust yet")
-            _compare(f"{file}", authority, fingerprint, "the server's operator")
+            _compare(file, authority, fingerprint or [], "the server's operator")
         node = identity.accept(folder, answer)
         say(f"{node.name}: dials {node.superlink}, key until {answer.until[:10]}")
-        say(f"next: polyrank deploy join {folder}; a node that runs: `polyrank deploy down {folder}` before it")
+        say(f"next: polyrank deploy join {folder}; if it runs and the authority has changed, `down` it before")
 
 
 @deploy.command()
@@ -127,31 +133,39 @@ def renew(
 ) -> None:
     """Make a new key and certificate for the server; the nodes need nothing new. Or change the authority."""
     with flower():
-        from polyrank.deploy import renewal
+        from polyrank.deploy import operate, renewal
 
         found = opened(folder)
         if authority in (Step.NEW, Step.DROP):
             steps = {Step.NEW: renewal.new_authority, Step.DROP: renewal.drop_authority}
-            answers = steps[authority](found)
+            steps[authority](found)
             for trusted in _authorities(found.authority):
                 say(f"trusted: authority {trusted}")
-            say(
-                f"hand {found.folder / 'answers'}/*.json to the {len(answers)} sites: `polyrank deploy accept`, restart"
-            )
+            say(f"hand {found.folder / 'answers'}/*.json to the sites: `polyrank deploy accept`, then restart")
             if authority is Step.NEW:
                 say(f"once all have: polyrank deploy renew {folder} --authority use")
             return
-        (renewal.use_authority if authority else renewal.renew)(found, days)
-        say(f"valid for {days} days; `polyrank deploy down {folder}` and `up` make the server use it")
+        if authority is Step.USE:
+            renewal.use_authority(found, days)
+            say(f"valid for {days} days; `polyrank deploy down {folder}` and `up` make the server use it")
+            return
+        renewal.renew(found, days)
+        say(f"valid for {days} days")
+        if ended := operate.restart(found, (operate.SUPERLINK, operate.GATEWAY)):
+            say(f"{' and '.join(ended)} started again with it; nodes and runs go on")
+        else:
+            say(f"the next `polyrank deploy up {folder}` uses it; with systemd, restart superlink and gateway")
 
 
-def _compare(file: str, shown: str, given: str | None, who: str) -> None:
+def _compare(file: Path, shown: str, given: Sequence[str], who: str) -> None:
     """Goes on only if somebody has compared a fingerprint."""
     from polyrank.deploy.layout import DeployError
 
-    if given is not None:
-        if given.strip() != shown:
-            raise DeployError(f"--fingerprint: {given}: {file} has {shown}; do not go on before you know why")
+    if given:
+        if shown not in given:
+            raise DeployError(
+                f"--fingerprint: {', '.join(given)}: {file} has {shown}; do not go on before you know why"
+            )
     elif not sys.stdin.isatty():
         raise DeployError(f"--fingerprint: missing: what {who} has told you; {file} has {shown}")
     elif not typer.confirm(f"Is this what {who} has told you?"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,33 @@ def processes(place: Place) -> dict[str, int | None]:
 def down(place: Place) -> list[str]:
     """Ends all processes of a server or a node that were started from its folder; returns their names."""
     return supervise.stop(place.run)
+
+
+def restart(deployment: Deployment, names: Sequence[str], patience: float = 90.0) -> list[str]:
+    """Ends processes of a server, which its supervisor starts again, and waits until the server answers.
+
+    Returns:
+        The names of those that ran; none without a supervisor, as under systemd.
+
+    Raises:
+        DeployError: if the server does not answer in time.
+    """
+    if not supervise.running(deployment.run, supervise.SUPERVISOR):
+        return []
+    before = {name: pid for name in names if (pid := supervise.running(deployment.run, name))}
+    for pid in before.values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while any(supervise.running(deployment.run, name) in (None, pid) for name, pid in before.items()):
+        if time.monotonic() > deadline:
+            raise DeployError(
+                f"{' and '.join(before)}: not started again after {patience:.0f} s; see {deployment.logs}"
+            )
+        time.sleep(0.1)
+    if SUPERLINK in before:
+        wait_healthy(deployment, deployment.settings.superlink_port, patience, SUPERLINK)
+    return list(before)
 
 
 def healthy(deployment: Deployment, port: int) -> bool:

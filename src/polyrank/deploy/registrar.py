@@ -18,6 +18,10 @@ _PAUSE = 2.0  # seconds between looks at the registry
 _AGAIN = 60.0  # seconds after which something that failed is tried again
 
 
+class RefusedKeyError(DeployError):
+    """A key of the registry that Flower has once refused, and never takes again."""
+
+
 def register(deployment: Deployment, now: datetime | None = None) -> dict[str, str]:
     """Makes the SuperLink know the registry's nodes and nobody else; returns Flower's ids by name. May be repeated.
 
@@ -39,12 +43,19 @@ def register(deployment: Deployment, now: datetime | None = None) -> dict[str, s
                     known.discard(past["id"])
                 past["id"] = ""
                 registry.write(deployment, book)
+        refused: list[RefusedKeyError] = []
         for name, member in book["nodes"].items():
             if member["id"] not in known:
                 ids = {other["id"] for other in book["nodes"].values()}
-                member["id"] = _registered(deployment, name, member["key"], known - ids)
+                try:
+                    member["id"] = _registered(deployment, name, member["key"], known - ids)
+                except RefusedKeyError as error:  # keeps nobody else out
+                    refused.append(error)
+                    continue
                 known.add(member["id"])
                 registry.write(deployment, book)
+        if refused:
+            raise refused[0]
         ids = {name: member["id"] for name, member in book["nodes"].items()}
         for stranger in known - set(ids.values()):  # of an `add` that was interrupted, and then taken back
             control.unregister(deployment, stranger)
@@ -59,7 +70,7 @@ def keep(deployment: Deployment, healthy: Callable[[], bool], say: Callable[[str
         healthy: whether the SuperLink answers.
         say: is told what happens.
     """
-    ended, wait, warned = threading.Event(), 0.0, ""
+    ended, wait, warned, told = threading.Event(), 0.0, "", False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     while not ended.wait(wait):
@@ -71,8 +82,9 @@ def keep(deployment: Deployment, healthy: Callable[[], bool], say: Callable[[str
                     if deadline.level != "ok":
                         say(str(deadline))
                 warned = now.date().isoformat()
-            if registry.unsettled(registry.read(deployment), now) and healthy():
+            if (not told or registry.unsettled(registry.read(deployment), now)) and healthy():
                 register(deployment)
+                told = True
                 say("the SuperLink knows the nodes of the registry")
         except (DeployError, OSError, ValueError) as error:
             say(f"{error}; tries again in {_AGAIN:.0f} s")
@@ -91,7 +103,7 @@ def _registered(deployment: Deployment, name: str, key: str, strangers: set[str]
             raise
         if len(strangers) == 1:  # its id was not written down: the one that nobody has is its
             return strangers.pop()
-        raise DeployError(
+        raise RefusedKeyError(
             f"node {name}: Flower has refused this key before, and never takes it again; the site makes another "
             f"(`polyrank deploy request {name} --rotate`), and `polyrank deploy add --replace` adds it"
         ) from None
