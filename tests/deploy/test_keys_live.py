@@ -31,7 +31,7 @@ pytestmark = pytest.mark.deploy
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "digits.yaml"
 
 
-def soon(true: Callable[[], object], patience: float = 40) -> None:
+def soon(true: Callable[[], object], patience: float = 120) -> None:
     deadline = time.monotonic() + patience
     while not true():
         assert time.monotonic() < deadline
@@ -41,7 +41,7 @@ def soon(true: Callable[[], object], patience: float = 40) -> None:
 @pytest.fixture
 def load_on_it(deployment: Deployment, tmp_path: Path) -> Iterator[Run]:
     """A run that the connected nodes work on all the time."""
-    (tmp_path / "orders.json").write_text(json.dumps({"nodes": 2}))
+    (tmp_path / "orders.json").write_text(json.dumps({"nodes": 2, "slow": 3}))
     run = Run.create(tmp_path / "run", load(EXPERIMENT, ["rounds=1000"]))
     follow.submit(deployment, run)
     soon(lambda: list(run.records()))
