@@ -15,17 +15,19 @@ MOST_LINES = 600
 MAY_IMPORT = {
     "core": {"core"},
     "errors": set(),
+    "version": set(),
     "methods": {"core", "methods"},
     "files": set(),
+    "text": set(),
     "data": {"core", "errors", "files", "data"},
     "local": {"core", "errors", "files", "data", "local"},
-    "engines": {"core", "errors", "files", "data", "local", "engines"},
-    "experiment": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment"},
-    "report": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report"},
-    "": {"core", "methods", "data", "local", "engines", "experiment"},
-    "deploy": {"", "core", "methods", "errors", "files", "data", "local", "engines", "experiment", "report", "deploy"},
+    "engines": {"core", "errors", "files", "text", "version", "data", "local", "engines"},
+    "experiment": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment"},
+    "report": {"", "core", "methods", "errors", "files", "text", "data", "local", "engines", "experiment", "report"},
+    "": {"version", "core", "methods", "data", "local", "engines", "experiment"},
     "__main__": {"cli"},
 }
+MAY_IMPORT["deploy"] = MAY_IMPORT["report"] | {"deploy"}
 MAY_IMPORT["cli"] = MAY_IMPORT["deploy"] | {"cli"}
 PURE = {"core", "methods"}  # beyond the standard library, these know torch and numpy only
 PURE_LIBRARIES = {"annotated_types", "numpy", "torch"}
@@ -40,7 +42,7 @@ ONLY_IN = {
         "polyrank.local.saved",
     },
     "peft": {"polyrank.local.peft_layers"},
-    "flwr": {"polyrank.engines.flower", "polyrank.deploy.client", "polyrank.deploy.server"},
+    "flwr": {"polyrank.engines.flower", "polyrank.engines.pieces", "polyrank.deploy.client", "polyrank.deploy.server"},
     "matplotlib": {"polyrank.report.figures", "polyrank.report.paper"},
     "plotly": {"polyrank.report.page"},
     "jinja2": {"polyrank.report.page"},

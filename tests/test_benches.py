@@ -16,7 +16,7 @@ from verdicts import cells, lines, verdict
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["performance", "methods", "models"])
+@pytest.mark.parametrize("name", ["performance", "methods", "models", "threats"])
 def test_the_page_is_made_of_the_records(name: str) -> None:
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+
+from polyrank.experiment.loading import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,6 +90,24 @@ def test_doctests(path: Path) -> None:
     result = doctest.testmod(module, optionflags=options)
     assert result.attempted
     assert result.failed == 0
+
+
+def test_the_experiment_of_a_real_deployment_is_one() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    (written,) = re.findall(r"```yaml\n(# experiment\.yaml\n.*?)```", page, re.DOTALL)
+    experiment = parse(yaml.safe_load(written), "experiment.yaml", ROOT)
+    assert experiment.data.train is None
+    assert experiment.deployment.clients == 2
+
+
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    named = {match.groups() for page in PAGES for match in TEST.finditer(page.read_text())}
+    assert len(named) > 10
+    missing = [f"{file}::{name}" for file, name in named if f"\ndef {name}(" not in (ROOT / file).read_text()]
+    assert missing == []
 
 
 PROSE = re.compile(r"(`{3,}).*?\1|`[^`]*`", re.DOTALL)  # what is not prose

@@ -182,6 +182,20 @@ def in_terminal(*arguments: object) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), CODES.sub("", seen.decode())
 
 
+def test_whom_the_server_does_not_believe_is_named_once() -> None:
+    console = Screen(file=io.StringIO(), width=200)
+    with Progress(console, 3, 0).shown() as progress:
+        for number in range(3):
+            refused = {"c1": "left out until its profile changes: states no rank"} if number else {}
+            line = {"round": number, "bytes_up": {}, "bytes_down": {}, "refused": refused}
+            progress.add({**line, "bounded": {"c2\n": "states 9e+15 examples"}}, 1.0)
+    said = [line for line in console.file.getvalue().splitlines() if "round " in line and "clients" not in line]  # type: ignore[attr-defined]
+    assert said == [
+        "c2\\n: counts as less in round 1: states 9e+15 examples",
+        "c1: not used in round 2: left out until its profile changes: states no rank",
+    ]
+
+
 def test_a_terminal_shows_clients_while_they_train_and_rounds_at_the_end(tmp_path: Path, digits_file: Path) -> None:
     sets = ("--set", "rounds=3", "--set", "local.epochs=20", "--set", "simulation.together=off")
     status, seen = in_terminal("run", digits_file, "--out", tmp_path / "run", *sets)

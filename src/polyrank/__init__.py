@@ -4,6 +4,8 @@ import importlib
 import os
 import typing
 
+from polyrank.version import __version__ as __version__
+
 # A thread that has done its part of a product spins until the others have. Where another process has their cores, that
 # is until they get one back, hundreds of times a step; spinning for a shorter while costs nothing and leaves them room.
 # OpenMP reads this when torch is imported.
@@ -44,8 +46,6 @@ if typing.TYPE_CHECKING:
         Update,
     )
     from polyrank.methods import AGGREGATORS, ALLOCATORS, DISPATCHERS, ESTIMATORS, METHODS, SCHEDULES, SCORERS
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AGGREGATORS",

@@ -132,18 +132,33 @@ def from_json(text: str | bytes, **options: Any) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: if it is not JSON, nested too deeply, or has a whole number that is too long or half a character.
+        ValueError: if it is not JSON, nested too deeply, or has a whole number that is too long.
     """
     try:
         value = json.loads(text, **options)
-        if ("\\u" if isinstance(text, str) else b"\\u") in text:  # what is escaped may be half of a character
-            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a character, which no text has") from None
     _check_size(value, math.inf)
     return value
+
+
+def check_characters(value: Any, text: str) -> None:
+    r"""Refuses halves of characters in a value from JSON, which ``\ud800`` is: no text can hold them.
+
+    Our own files have them, for bytes of a path that are no UTF-8.
+
+    Args:
+        value: from JSON.
+        text: the JSON.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a character, which no text has") from None
 
 
 def from_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:

@@ -127,8 +127,9 @@ def test_at_the_bound_nothing_is_shrunk_and_just_below_it_something_is() -> None
     sent, trained = pair(3, 1.0, 0.5, "AB")
     change = change_of(sent, trained, "AB")
     bound = max(change.product(1.0), change.factors(1.0))
-    assert change.reach(bound) == 1.0
-    assert 1 - 1e-12 < change.reach(bound * (1 - 1e-14)) < 1.0
+    assert change.reach(bound, bound) == 1.0
+    less = bound * (1 - 1e-14)
+    assert 1 - 1e-12 < change.reach(less, less) < 1.0
     whole = clipped(sent, Update("c", trained, 1), bound).adapter
     assert all(torch.equal(whole.layers[n].A, trained.layers[n].A.double()) for n in SHAPES)
 
@@ -139,9 +140,9 @@ def test_where_the_product_turns_back_the_last_point_within_the_bound_is_taken()
     trained = Adapter({"q": LowRank(torch.full((1, 1), -0.1), torch.full((1, 1), -0.1), 100.0)})
     change = change_of(sent, trained, "AB")
     assert change.product(0.5) == pytest.approx(1.0, rel=1e-6)
-    assert change.reach(0.5) == 1.0
+    assert change.reach(0.5, 0.5) == 1.0
     # Up to the bound of the factors, the product rises, turns, and ends above its bound: only the rise is within it.
-    assert Change(change.xx, change.xy, change.yy, (0.5 / 0.6) ** 2).reach(0.5) == pytest.approx(
+    assert Change(change.xx, change.xy, change.yy, (0.5 / 0.6) ** 2).reach(0.5, 0.5) == pytest.approx(
         (1 - math.sqrt(0.5)) / 2, rel=1e-6
     )
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 import talking
+from asking import Asker
 
 flwr = pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
@@ -23,13 +25,16 @@ from polyrank.deploy import client, server  # noqa: E402
 from polyrank.deploy.site import Site  # noqa: E402
 from polyrank.engines.audit import Audit  # noqa: E402
 from polyrank.engines.letters import ask_profile  # noqa: E402
+from polyrank.engines.wire import VersionError, opened  # noqa: E402
 from polyrank.errors import InputError  # noqa: E402
+from polyrank.experiment.config import ConfigError  # noqa: E402
 from polyrank.experiment.loading import parse  # noqa: E402
 from polyrank.experiment.machine import on_this_machine  # noqa: E402
 from polyrank.experiment.models import prompting_of  # noqa: E402
 from polyrank.experiment.session import Session  # noqa: E402
 from polyrank.experiment.shares import export_shares, share_data  # noqa: E402
 from polyrank.experiment.store import Run  # noqa: E402
+from polyrank.experiment.trust import CLIP, SIZE_CAP  # noqa: E402
 from polyrank.methods import METHODS  # noqa: E402
 
 Config = dict[str, Any]
@@ -157,6 +162,21 @@ def test_a_client_protects_what_it_sends(tmp_path: Path, config: Config) -> None
         assert not theirs["refused"]
 
 
+def test_a_run_goes_on_without_a_site_that_does_not_agree(tmp_path: Path, config: Config) -> None:
+    fewer = {**config, "deployment": {"clients": 2, "poll": 0}, "method": {"name": "fedit"}}
+    sites = sites_of(tmp_path / "sites", fewer, NAMES)
+    sites["client_1"].write_text(sites["client_1"].read_text() + "approve: ask\n")
+    run = deployed(tmp_path / "deployed", fewer, InProcessGrid(sites))
+    for record in run.records():
+        assert sorted(record["bytes_up"]) == ["client_0", "client_2"]
+    declined = [line for line in Audit(run.folder / "audit.jsonl").lines() if line["event"] == "declined"]
+    assert [line["client"] for line in declined] == ["client_1"]
+    assert declined[0]["reason"] == "this site's operator has not approved the run yet: approve: ask"
+    (known,) = Site(sites["client_1"]).consent.known().values()
+    assert (known.run.name, known.run.rounds, known.run.method) == ("deployed", 2, "fedit")
+    assert "@" in known.run.by
+
+
 def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config) -> None:
     bigger = {**config, "model": {**config["model"], "targets": "attention+mlp", "rank": 16}}
     bigger["fleet"] = [{"share": 1 / 3, "rank": rank} for rank in (4, 8, 16)]
@@ -170,7 +190,8 @@ def test_what_travels_is_what_the_cost_model_says(tmp_path: Path, config: Config
                 for client_, predicted in mine[way].items():
                     assert predicted < theirs[way][client_] < 1.02 * predicted
     history = (tmp_path / "ffa_lora-sites" / "client_0" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in history] == [0, 1]
+    questions = [(line["question"], line.get("round")) for line in map(json.loads, history)]
+    assert questions == [("announcement", None), ("profile", None), ("fit", 0), ("fit", 1)]
 
 
 def talking_sites(folder: Path, config: Config, **data: Any) -> dict[str, Path]:
@@ -213,4 +234,80 @@ def test_a_site_that_words_prompts_in_another_way_is_refused(tmp_path: Path, own
     asked = {"kind": "causal", "classes": [], "targets": "attention", "max_length": 32, "prompting": prompting}
     said = rf"{name}/site\.yaml: data: prompts are made by .*, and the server's by .*alpaca_short"
     with pytest.raises(InputError, match=said):
-        Site(path).answer("profile", ask_profile(asked))
+        Site(path).answer("profile", Asker(asked).hello())
+
+
+def test_a_site_that_states_nothing_to_plan_with_is_left_out_and_named(tmp_path: Path) -> None:
+    """As the site.yaml that `polyrank deploy init` writes, in which resources are left to the operator."""
+    chosen = talking.experiment(tmp_path) | {"method": {"name": "fedit"}}
+    sites = talking_sites(tmp_path / "sites", chosen)
+    silent = yaml.safe_load(sites["client_1"].read_text())
+    del silent["rank"]
+    sites["client_1"].write_text(yaml.safe_dump(silent))
+    run = deployed(tmp_path / "deployed", chosen, InProcessGrid(sites))
+    records = list(run.records())
+    assert run.summary() is not None
+    for record in records:
+        assert sorted(record["bytes_up"]) == ["client_0", "client_2"]
+        assert list(record["refused"]) == ["client_1"]
+        assert "left out until its profile changes: states no rank; give" in record["refused"]["client_1"]
+        assert record["refused"]["client_1"].endswith("site.yaml")
+    events = [(line["event"], line["client"]) for line in Audit(run.folder / "audit.jsonl").lines()]
+    assert events.count(("left out", "client_1")) == 1
+
+
+def test_what_a_deployment_believes_is_written_down_and_the_simulator_believes_no_more(
+    tmp_path: Path, config: Config
+) -> None:
+    """One of three holds many times as much as the others: both engines count it as the file says."""
+    uneven = {**config, "data": {**config["data"], "partition": {"name": "by_quantity", "sizes": [6, 8, 60]}}}
+    trusting = on_this_machine(parse(uneven, "test", Path()), remote=True)
+    assert (trusting.trust.size_cap, trusting.trust.clip) == (SIZE_CAP, CLIP)
+    resolved = trusting.resolved()
+    assert resolved["trust"] | {"size_cap": 3.0, "clip": 3.0} == resolved["trust"]
+    one = simulated(tmp_path / "simulated", resolved)
+    other = deployed(tmp_path / "deployed", uneven, InProcessGrid(sites_of(tmp_path / "sites", uneven, NAMES)))
+    part = "state/checkpoint.safetensors"
+    assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes()
+    for mine, theirs in zip(one.records(), other.records(), strict=True):
+        assert mine["bounded"] == theirs["bounded"]
+        assert mine["examples"] == theirs["examples"]
+
+
+def test_a_site_says_that_the_server_has_another_version(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = sites_of(tmp_path, config, NAMES[:1]).values()
+    with monkeypatch.context() as patch:
+        patch.setattr("polyrank.engines.wire.__version__", "9.9")
+        asked = ask_profile({"kind": "image", "classes": []})
+    reply = Site(path).answer("profile", asked)
+    (record,) = caplog.records
+    assert "site.yaml: the server's message is of polyrank '9.9', and this side has" in record.getMessage()
+    with monkeypatch.context() as patch:
+        patch.setattr("polyrank.engines.wire.__version__", "9.9")
+        with pytest.raises(VersionError, match=r"and this side has '9\.9'"):
+            opened(reply, "profile")
+
+
+def test_a_server_needs_no_training_data(tmp_path: Path, config: Config) -> None:
+    """It has files to validate and to test on; with the sites' data it ends with the simulator's bytes."""
+    draw, files = np.random.default_rng(0), {}
+    for name, count in (("train", 60), ("validation", 20), ("test", 20)):
+        files[name] = str(tmp_path / f"{name}.npz")
+        images = draw.integers(0, 255, (count, 16, 16), dtype=np.uint8)
+        np.savez(files[name], image=images, label=np.arange(count) % 4)
+    data = {"name": "files", "image": "image", "classes": ["a", "b", "c", "d"], **files}
+    whole = {**config, "data": {**data, "clients": 3}}
+    server_data = {key: value for key, value in data.items() if key != "train"}
+    alone = {**config, "data": server_data}
+    one = simulated(tmp_path / "simulated", whole)
+    other = deployed(tmp_path / "deployed", alone, InProcessGrid(sites_of(tmp_path / "sites", whole, NAMES)))
+    part = "state/checkpoint.safetensors"
+    assert (one.folder / part).read_bytes() == (other.folder / part).read_bytes()
+    assert one.summary()["final"]["test"] == other.summary()["final"]["test"]  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"data\.train: missing: clients of a simulation train on it"):
+        simulated(tmp_path / "here", alone)
+    del server_data["validation"]
+    with pytest.raises(InputError, match=r"data\.validation: missing"):
+        deployed(tmp_path / "nothing", alone, InProcessGrid({}))

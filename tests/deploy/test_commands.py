@@ -145,8 +145,14 @@ def test_logs_are_shown_without_colours_and_followed(made: Deployment) -> None:
     with open(made.logs / "superlink.log", "a") as log:
         log.write("four\nhalf")
     assert next(lines) == "four"
-    (made.logs / "superlink.log").write_text("anew\n")  # set aside, as the supervisor does with a large one
+    (made.logs / "superlink.log").write_text("anew\n")  # cut off by somebody
     assert next(lines) == "anew"
+    with open(made.logs / "superlink.log", "a") as log:
+        log.write("the last of the old\n")
+    (made.logs / "superlink.log").replace(made.logs / "superlink.log.1")
+    (made.logs / "superlink.log").write_text("set aside while it was followed\n")
+    assert [next(lines), next(lines)] == ["the last of the old", "set aside while it was followed"]
+    (made.logs / "superlink.log").write_text("anew\n")
     (made.logs / "superexec.log").write_text("else\n")
     assert last(made, None, 1) == ["superexec: else", "superlink: anew"]
 

@@ -82,13 +82,6 @@ def test_nginx_takes_the_gateway_s_configuration(made: Deployment) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_units_start_again_what_ends(made: Deployment) -> None:
-    units = [*made.folder.glob("systemd/*.service"), made.node("north").folder / "polyrank-node@.service"]
-    assert len(units) == 5
-    for unit in units:
-        assert "\nRestart=always\nRestartSec=10\n" in unit.read_text()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_readmes_have_the_commands(made: Deployment, name: str) -> None:
     text = (made.folder / "README.md").read_text()

@@ -33,6 +33,7 @@ def call(*arguments: object) -> Result:
 
 def orders(folder: Path, **told: Any) -> None:
     """What the toy server is to do in runs below a folder."""
+    folder.mkdir(exist_ok=True)
     (folder / "orders.json").write_text(json.dumps({"nodes": 2, **told}))
 
 
@@ -117,7 +118,7 @@ def test_a_server_survives_its_processes_and_ends_when_told(apps: None, tmp_path
     orders(tmp_path, nodes=1, slow=1)
     try:
         ids = operate.up(found)
-        join.join(node.folder, found.superlink, keep=False)
+        join.join(node.folder, found.superlink, keep=False, check=False)
         assert join.connected(node, 60)
         stored = Run(tmp_path / "a")
         (tmp_path / "a").mkdir()
@@ -147,6 +148,34 @@ def test_a_server_survives_its_processes_and_ends_when_told(apps: None, tmp_path
         assert control.nodes(found) == {}
     finally:
         operate.down(found)
+
+
+def test_a_second_run_says_that_it_waits_for_its_turn(deployment: Deployment, tmp_path: Path) -> None:
+    orders(tmp_path, slow=1)
+    stored = {name: Run(tmp_path / name) for name in "ab"}
+    for name, rounds in (("a", 100), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment.yaml").write_text(f"rounds: {rounds}\nmethod: {{name: toy}}\n")
+    first = follow.submit_in_turn(deployment, stored["a"], lambda text: None)
+    assert follow.working(deployment) == first
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(follow.NotSubmittedError):
+        follow.submit_in_turn(deployment, stored["b"], interrupt)
+    assert follow.active(deployment, stored["b"]) is None
+    said: list[str] = []
+
+    def stop(text: str) -> None:
+        said.append(text)
+        follow.stop(deployment, stored["a"])
+
+    outcome = follow.drive(deployment, stored["b"], Nobody(), waits=stop)
+    assert outcome.completed, outcome
+    stops = f"`polyrank deploy stop {deployment.folder} {tmp_path / 'a'}` ends it"
+    turn = "works on this federation, one run at a time: this one waits for its turn"
+    assert said == [f"run {first} {turn}; {stops}"]
 
 
 class Nobody:

@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from polyrank.core.lowrank import Adapter
+from asking import DIGITS, Asker
 from polyrank.core.privacy import ClientPrivacy, Privacy
-from polyrank.core.types import LocalTraining, Task
 from polyrank.data import files
+from polyrank.deploy.holdings import renumbered
 from polyrank.deploy.keeper import SiteError, ask, socket_of
-from polyrank.deploy.site import Site, read_site, renumbered, require
-from polyrank.engines.letters import ask_profile, decode_profile
-from polyrank.engines.wire import WireError, encode_task, frame
+from polyrank.deploy.policy import RefusalError, check_protection
+from polyrank.deploy.site import Site
+from polyrank.deploy.site_file import read_site
+from polyrank.engines.letters import decode_profile
+from polyrank.engines.wire import WireError, frame
 from polyrank.errors import InputError
 from polyrank.experiment.config import ConfigError
-
-MODEL = {"targets": "attention", "dtype": "float32", "attention": "auto", "max_length": 128, "image_size": None}
-DIGITS = {**MODEL, "kind": "image", "classes": [str(digit) for digit in range(10)]}
 
 
 def write(folder: Path, **config: Any) -> Path:
@@ -46,7 +44,7 @@ def test_a_site_holds_all_of_its_own_training_data(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", image=pixels, label=labels)
     data = {"name": "files", "train": "own.npz", "test": "own.npz", "image": "image"}
     site = Site(write(tmp_path, data=data, rank=3, memory="2 GiB", threads=1))
-    asked = ask_profile({**DIGITS, "classes": ["bird", "dog", "cat"]})
+    asked = Asker({**DIGITS, "classes": ["bird", "dog", "cat"]}).hello()
     reply = site.answer("profile", asked)
     base, _ = site._model(json.loads(json.dumps({**DIGITS, "classes": ["bird", "dog", "cat"]})))
     profile = decode_profile(reply, asked, base.fingerprint())
@@ -54,13 +52,13 @@ def test_a_site_holds_all_of_its_own_training_data(tmp_path: Path) -> None:
     _, split = site._model({**DIGITS, "classes": ["bird", "dog", "cat"]})
     assert split.labels.tolist() == [2, 1, 2] * 4
     with pytest.raises(InputError, match=r"site\.yaml: data: classes cat are none of the server's: bird, dog"):
-        site.answer("profile", ask_profile({**DIGITS, "classes": ["bird", "dog"]}))
+        site.answer("profile", Asker({**DIGITS, "classes": ["bird", "dog"]}).hello())
     with pytest.raises(InputError, match="holds image data, and the server trains on text"):
-        site.answer("profile", ask_profile({**DIGITS, "kind": "text"}))
+        site.answer("profile", Asker({**DIGITS, "kind": "text"}).hello())
     with pytest.raises(WireError, match="description of the model"):
-        site.answer("profile", ask_profile({"targets": "attention"}))
+        site.answer("profile", Asker({"targets": "attention"}).hello())
     with pytest.raises(WireError, match="description of the model"):
-        site.answer("profile", ask_profile({**DIGITS, "name": "/etc"}))
+        site.answer("profile", Asker({**DIGITS, "name": "/etc"}).hello())
     with pytest.raises(WireError):
         site.answer("fit", frame({"kind": "task"}))
 
@@ -70,23 +68,26 @@ def test_a_task_that_comes_again_is_answered_as_before(tmp_path: Path, random_ad
     site = Site(path)
     base, _ = site._model(DIGITS)
     adapter = random_adapter(base.spec, (2,), head=base.initial_head())
-    task = Task(0, adapter, Adapter(), "AB", LocalTraining(steps=1), None, 0)
-    blob = encode_task(task, "a", model=DIGITS).blob
-    first = site.answer("fit", blob)
-    assert Site(path).answer("fit", blob) == first
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
-    other = encode_task(replace(task, round=1), "a", model=DIGITS).blob
-    assert site.answer("fit", other) != first
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 2
+    asker = Asker()
+    site.answer("profile", asker.hello())
+
+    def answers() -> list[str]:
+        return [line["question"] for line in site.history.lines() if line["question"] == "fit"]
+
+    first = site.answer("fit", asker.task(adapter))
+    assert Site(path).answer("fit", asker.task(adapter)) == first
+    assert len(answers()) == 1
+    assert site.answer("fit", asker.task(adapter, 1)) != first
+    assert len(answers()) == 2
 
 
-def test_a_site_refuses_less_protection_than_it_agrees_to(tmp_path: Path) -> None:
+def test_a_site_refuses_less_protection_than_it_agrees_to() -> None:
     agreed = Privacy(ClientPrivacy(clip=1.0, noise=1.0, where="client"))
-    require(agreed, Privacy(ClientPrivacy(clip=9.0, noise=1.5, where="client")), tmp_path)
-    require(Privacy(), Privacy(), tmp_path)
+    check_protection(agreed, None, Privacy(ClientPrivacy(clip=9.0, noise=1.5, where="client")))
+    check_protection(Privacy(), None, Privacy())
     for found in (Privacy(), Privacy(ClientPrivacy(1.0, 0.5, "client")), Privacy(ClientPrivacy(1.0, 2.0, "central"))):
-        with pytest.raises(InputError, match=r"privacy\.clients: this site agrees to noise 1, client or more"):
-            require(agreed, found, tmp_path)
+        with pytest.raises(RefusalError, match=r"privacy\.clients: this site agrees to noise 1, client or more"):
+            check_protection(agreed, None, found)
 
 
 def test_classes_are_known_by_name() -> None:
@@ -140,6 +141,10 @@ def test_a_sites_file_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> Non
         ({"data": {"name": "digts"}}, "Did you mean 'digits'"),
         ({"rehearse": {"experiment": "x.yaml", "client": "y"}}, r"rehearse.experiment: .*/x.yaml: no such file"),
         ({"data": {"name": "files", "train": "a.csv", "test": "b.csv"}}, r"data.train: .*/a.csv: no such file"),
+        (
+            {"data": {"name": "files", "test": "b.csv", "validation": "b.csv"}},
+            r"data.train: missing: a site trains on it",
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, config: dict[str, Any], said: str) -> None:
@@ -159,7 +164,7 @@ def test_a_missing_file_and_an_unknown_client(tmp_path: Path, digits_file: Path)
 
 def test_a_keeper_answers_as_the_site_does_and_outlives_mistakes(tmp_path: Path) -> None:
     path = write(tmp_path, data="digits", threads=1)
-    asked = ask_profile(DIGITS)
+    asked = Asker().hello()
     command = [sys.executable, "-m", "polyrank.cli", "deploy", "keep", str(path)]
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as keeper:
         try:

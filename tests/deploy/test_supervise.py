@@ -120,3 +120,52 @@ def test_the_environment_reaches_processes_and_no_file(folder: Path) -> None:
         assert not any("s3cret" in path.read_text() for path in folder.iterdir() if path.is_file())
     finally:
         supervise.stop(folder)
+
+
+NOISE = """
+import sys
+line = b'%09d ' + b'x' * 89 + b'\\n'
+for number in range(500_000):
+    sys.stdout.buffer.write(line % number)
+sys.stdout.buffer.flush()
+open({done!r}, 'w').close()
+import time; time.sleep(600)
+"""
+
+
+def test_a_log_is_set_aside_while_its_process_writes_and_no_line_is_lost(folder: Path) -> None:
+    log, aside = folder / "a.log", folder / "a.log.1"
+    pids = started(folder, service(folder, "a", NOISE.format(done=str(folder / "done"))))
+    try:
+        soon((folder / "done").exists)
+        soon(
+            lambda: log.read_bytes().startswith(b"0") and log.read_bytes().rpartition(b"\n")[0][-99:-90] == b"000499999"
+        )
+        assert supervise.running(folder, "a") == pids["a"]  # it was not started again
+    finally:
+        supervise.stop(folder)
+    assert sorted(path.name for path in folder.glob("a.log*")) == ["a.log", "a.log.1"]
+    assert max(path.stat().st_size for path in (log, aside)) <= 20_000_000 + 65_536
+    numbers = [int(line[:9]) for path in (aside, log) for line in path.read_bytes().splitlines() if line[:1] == b"0"]
+    assert numbers == list(range(numbers[0], 500_000))  # 50 MB were written, and what is left has no gap
+    assert len(numbers) > 200_000
+    assert b"a stopped" in log.read_bytes().splitlines()[-1]
+
+
+def test_what_its_children_write_is_in_the_log(folder: Path) -> None:
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1 + 41)']); {SLEEPS}"
+    started(folder, service(folder, "a", code))
+    try:
+        soon(lambda: "\n42\n" in (folder / "a.log").read_text())
+    finally:
+        supervise.stop(folder)
+
+
+def test_a_process_goes_on_when_its_log_cannot_be_written(folder: Path) -> None:
+    code = f"print('x' * 200_000, flush=True); open({str(folder / 'on')!r}, 'w').close(); {SLEEPS}"
+    (folder / "a.log").symlink_to("/dev/full")
+    started(folder, service(folder, "a", code))
+    try:
+        soon((folder / "on").exists)
+    finally:
+        supervise.stop(folder)

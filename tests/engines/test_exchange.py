@@ -2,51 +2,66 @@
 
 import json
 import time
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from polyrank.core.federate import federate, plan
 from polyrank.core.gate import change
-from polyrank.core.lowrank import Adapter
+from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.types import Client, ClientProfile, LocalTraining, ModelSpec, Query, ServerState, Task, Update
 from polyrank.engines.audit import Audit
 from polyrank.engines.encodings import Encoding
 from polyrank.engines.exchange import Remote, Terms, TooFewError
-from polyrank.engines.letters import decode_query, encode_profile, encode_scores
+from polyrank.engines.letters import (
+    answer_to_another_version,
+    decode_query,
+    encode_profile,
+    encode_refusal,
+    encode_scores,
+)
 from polyrank.engines.post import Kind, Reply
-from polyrank.engines.wire import decode_task, digest, encode_update, opened
+from polyrank.engines.wire import VersionError, decode_task, digest, encode_update, opened
 from polyrank.methods import METHODS
+from polyrank.version import __version__
 
 SPEC = ModelSpec({"q": (6, 5), "v": (4, 5)})
-FAST = Terms(clients=1, wait=0.3, deadline=0.3, poll=0.001)
+FAST = Terms(clients=1, wait=0.3, deadline=0.3, poll=0.001, quorum=1.0, grace=0.0)
 LOCAL = LocalTraining(lr=0.1)
+FAKE = Adapter(
+    {name: LowRank(torch.ones(4, d_in), torch.ones(d_out, 4)) for name, (d_out, d_in) in SPEC.modules.items()}
+)
 
 
 class Site:
-    """A client that moves every value by a tenth of its number; `faults` are what becomes of its next answers."""
+    """A client that moves every value by a tenth of its number; `faults` are what becomes of its next answers.
+
+    What it `declines` it does not answer.
+    """
 
     def __init__(self, number: int) -> None:
         self.number, self.faults = number, []  # type: int, list[str]
+        self.declines: set[Kind] = set()
         self.claims: float | None = None
+        self.examples, self.rank, self.measured = 10 * number, number, 10 * number
         self.answered: list[bytes] = []
 
     def answer(self, kind: Kind, blob: bytes) -> bytes:
         if kind == "profile":
-            return encode_profile(ClientProfile(10 * self.number, rank=self.number), "base", blob)
+            return encode_profile(ClientProfile(self.examples, rank=self.rank), "base", blob)
         if kind == "measure":
             query, state, _ = decode_query(blob)
             assert query.on == "clients"
-            return encode_scores(dict.fromkeys(state.adapter.layers, float(self.number)), 10 * self.number, blob)
+            return encode_scores(dict.fromkeys(state.adapter.layers, float(self.number)), self.measured, blob)
         task, header = decode_task(blob)
         by, sent = self.number / 10, task.adapter.layers
         layers = {name: replace(x, A=x.A + by, B=x.B - by) for name, x in sent.items()}
-        update = Update(
-            header["client"], Adapter(layers), self.claims or 10 * self.number, task.factors, {"steps": 1.0}
-        )
+        update = Update(header["client"], Adapter(layers), self.claims or self.examples, task.factors, {"steps": 1.0})
         self.answered.append(encode_update(update, task, digest(blob), header["reply"]))
         return self.answered[-1]
 
@@ -72,9 +87,12 @@ class Lines:
             ids[name] = client
             if client in self.mute:
                 continue
-            fault = self.clients[client].faults.pop(0) if kind == "fit" and self.clients[client].faults else ""
+            site = self.clients[client]
+            fault = site.faults.pop(0) if kind == "fit" and site.faults else "decline" if kind in site.declines else ""
             if fault == "crash":
                 self.waiting[name] = Reply(name, None, "error 2: out of memory")
+            elif fault == "decline":
+                self.waiting[name] = Reply(name, encode_refusal("no\x1b]0;pwned\x07\n\u202eesrever<b>", blob))
             elif fault == "silence":
                 self.clients[client].answer(kind, blob)
             elif fault == "garbage":
@@ -89,9 +107,9 @@ class Lines:
         return [self.waiting.pop(name) for name in list(self.waiting) if name in messages]
 
 
-def remote(lines: Lines, folder: Path, terms: Terms = FAST, secret: bytes = b"s") -> Remote:
+def remote(lines: Lines, folder: Path, terms: Terms = FAST, secret: bytes = b"s", **more: Any) -> Remote:
     audit = Audit(folder / "audit.jsonl")
-    return Remote(lines, {"kind": "text"}, "base", terms, audit, lambda query, state: {"q": 1.0}, secret)
+    return Remote(lines, {"kind": "text"}, "base", terms, audit, lambda query, state: {"q": 1.0}, secret, **more)
 
 
 def tasks_of(clients: Remote, state: ServerState) -> dict[Client, Task]:
@@ -139,6 +157,40 @@ def test_a_client_that_fails_is_asked_again_but_not_for_ever(tmp_path: Path, sta
     assert asked.count("c3") <= 2 + 3
 
 
+def test_a_round_goes_on_without_who_declines(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(3)
+    clients = remote(lines, tmp_path)
+    tasks = tasks_of(clients, state)
+    lines.clients["c2"].declines = {"profile", "fit"}
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c3"]  # of a quorum of all that take part
+    assert sorted(clients.profiles()) == ["c1", "c3"]
+    assert sorted(clients.known()) == ["c1", "c2", "c3"]
+    (line,) = (line for line in clients.audit.lines() if line["event"] == "declined")
+    assert line["reason"] == r"no\x1b]0;pwned\x07\n\u202eesrever<b>"  # as it can be shown
+    assert [client for _, kind, client, _ in lines.sent if kind == "fit"].count("c2") == 1
+    clients.attendance._not_before.clear()  # a minute later it is asked again, and again declines
+    assert sorted(clients.profiles()) == ["c1", "c3"]
+    clients.attendance._not_before.clear()
+    lines.clients["c2"].declines = set()
+    assert sorted(clients.profiles()) == ["c1", "c2", "c3"]
+    for site in lines.clients.values():
+        site.declines = {"fit"}
+    with pytest.raises(TooFewError):
+        list(clients.fit(tasks))
+
+
+def test_importance_is_measured_by_who_does_not_decline(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(2)
+    clients = remote(lines, tmp_path)
+    cohort = tuple(clients.profiles())
+    lines.clients["c1"].declines = {"measure"}
+    query = Query("gradient", "clients", cohort=cohort)
+    assert clients.measure(query, state) == {"q": 2.0, "v": 2.0}
+    lines.clients["c2"].declines = {"measure"}
+    with pytest.raises(TooFewError, match="no client has measured importance"):
+        clients.measure(query, state)
+
+
 def test_a_straggler_is_left_behind_and_its_answer_is_late(tmp_path: Path, state: ServerState) -> None:
     lines = Lines(3)
     lines.clients["c3"].faults = ["silence"]
@@ -178,7 +230,7 @@ def test_a_client_that_is_away_is_waited_for_and_may_return_elsewhere(tmp_path: 
     lines.receive = returning  # type: ignore[method-assign]
     assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
     before = len(lines.sent)
-    lines.clients["c2"].number = 7  # restarted: another address, so it is asked anew what it is
+    lines.clients["c2"] = Site(7)  # restarted: another address, so it is asked anew what it is
     assert clients.profiles()["c2"].examples == 70
     assert [kind for _, kind, *_ in lines.sent[before:]] == ["profile"]
 
@@ -249,7 +301,7 @@ def test_the_audit_survives_a_line_cut_short(tmp_path: Path) -> None:
 def test_a_silent_newcomer_holds_up_nobody_for_long_and_is_let_in_when_it_speaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyrank.engines.exchange._PATIENCE", 0.1)
+    monkeypatch.setattr("polyrank.engines.attendance.PATIENCE", 0.1)
     lines = Lines(2)
     lines.mute = {"c2"}
     clients = remote(lines, tmp_path, replace(FAST, deadline=3600, wait=3600))
@@ -322,3 +374,136 @@ def test_lossy_messages_move_the_values_they_were_sent(tmp_path: Path, state: Se
     assert all(0 <= value < 0.01 for value in lost)
     blob = next(blob for _, kind, _, blob in clients.post.sent if kind == "fit")  # type: ignore[attr-defined]
     assert opened(blob, "task")[0]["reply"] == "int8"
+
+
+# --- one client, and everybody's run
+
+
+def test_who_is_away_is_given_time_to_come_back_where_the_quorum_is_there(tmp_path: Path, state: ServerState) -> None:
+    lines = Lines(2)
+    clients = remote(lines, tmp_path, replace(FAST, deadline=30, quorum=0.5, grace=30))
+    tasks = tasks_of(clients, state)
+    lines.away = {"c2"}
+    receive, looks = lines.receive, []
+
+    def returning(messages: Collection[str]) -> list[Reply]:
+        looks.append(len(messages))
+        if len(looks) == 3:
+            lines.away = set()
+        return receive(messages)
+
+    lines.receive = returning  # type: ignore[method-assign]
+    assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
+
+
+@pytest.mark.parametrize("fault", ["crash", "garbage", "silence"])
+def test_a_client_that_always_fails_ends_no_run_and_is_left_out_until_its_profile_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("polyrank.engines.attendance.PATIENCE", 0.0)
+    lines = Lines(3)
+    lines.clients["c2"].faults = [fault] * 999
+    clients = remote(lines, tmp_path, Terms(clients=3, wait=0.3, deadline=0.1, grace=0.0, poll=0.001))
+    state = ServerState(0, FAKE)
+    rounds = federate(METHODS["fedit"](), state, clients, SPEC, LOCAL, rounds=9)
+    for number in range(3):
+        _, record = next(rounds)
+        assert "c2" in record.dropped, number
+        assert not clients.left_out()
+    _, record = next(rounds)
+    assert sorted(record.ranks) == sorted(record.bytes_up) == ["c1", "c3"]
+    assert list(clients.left_out()) == ["c2"]
+    assert clients.left_out()["c2"].startswith("left out until its profile changes: has failed 3 rounds in a row")
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "left out"]
+    assert line["client"] == "c2"
+    assert line["round"] == 2
+    _, record = next(rounds)
+    assert sorted(record.ranks) == ["c1", "c3"]
+    lines.clients["c2"].faults = []
+    lines.clients["c2"].examples = 21  # its operator has changed something
+    _, record = next(rounds)
+    assert sorted(record.bytes_up) == ["c1", "c2", "c3"]
+    assert not clients.left_out()
+
+
+def test_a_client_that_fails_now_and_then_is_not_left_out(tmp_path: Path) -> None:
+    lines = Lines(2)
+    terms = Terms(wait=0.3, deadline=0.1, grace=0.0, poll=0.001, attempts=1)
+    clients = remote(lines, tmp_path, terms)
+    rounds = federate(METHODS["fedit"](), ServerState(0, FAKE), clients, SPEC, LOCAL, rounds=9)
+    for fault in ("crash", "crash", "", "crash", "crash", ""):
+        lines.clients["c2"].faults = [fault] * bool(fault)
+        _, record = next(rounds)
+        assert ("c2" in record.dropped) == bool(fault)
+    assert not clients.left_out()
+
+
+def plannable(profile: ClientProfile) -> ClientProfile:
+    if not profile.rank:
+        raise ValueError(f"states rank {profile.rank}")
+    return replace(profile, rank=min(profile.rank, 4))
+
+
+def test_a_client_with_which_nothing_can_be_planned_is_left_out_and_the_round_goes_on(tmp_path: Path) -> None:
+    lines = Lines(3)
+    lines.clients["c2"].rank, lines.clients["c3"].rank = 0, 2**53
+    clients = remote(lines, tmp_path, replace(FAST, clients=3), plannable=plannable)
+    method = replace(METHODS["fedit"](), estimate=METHODS["straggler"]().estimate)
+    (_, record), *_ = federate(method, ServerState(0, FAKE), clients, SPEC, LOCAL, rounds=1)
+    assert sorted(record.ranks) == ["c1", "c3"]
+    assert clients.left_out() == {"c2": "left out until its profile changes: states rank 0"}
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "left out"]
+    assert (line["client"], line["reason"]) == ("c2", "states rank 0")
+    assert list(clients.known()) == ["c1", "c3"]
+    assert clients.known()["c3"].rank == 4
+    alone = remote(lines, tmp_path, replace(FAST, wait=0.1), plannable=plannable)
+    lines.away = {"c1", "c3"}
+    with pytest.raises(TooFewError, match="c2: left out until its profile changes: states rank 0"):
+        alone.profiles()
+
+
+def test_who_measures_more_examples_than_it_has_said_to_hold_is_refused_and_nobody_weighs_more_than_counts(
+    tmp_path: Path, state: ServerState
+) -> None:
+    lines = Lines(3)
+    clients = remote(lines, tmp_path)
+    clients.profiles()
+    query = Query("fisher", on="clients", cohort=("c1", "c2", "c3"))
+    assert clients.measure(query, state) == pytest.approx(dict.fromkeys(SPEC.modules, (10 + 40 + 90) / 60))
+    capped = clients.measure(replace(query, most=20), state)
+    assert capped == pytest.approx(dict.fromkeys(SPEC.modules, (10 * 1 + 20 * 2 + 20 * 3) / 50))
+    lines.clients["c3"].measured = 2**53
+    found = clients.measure(query, state)
+    assert found == pytest.approx(dict.fromkeys(SPEC.modules, (10 * 1 + 20 * 2) / 30))
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "refused"]
+    assert "and has said that it holds 30" in line["reason"]
+
+
+def test_a_site_of_another_version_is_not_let_in_and_both_versions_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Lines(2)
+
+    def older(kind: Kind, blob: bytes) -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr("polyrank.engines.wire.__version__", "0.0.9")
+            with pytest.raises(VersionError, match=rf"is of polyrank '{__version__}', and this side has '0.0.9'"):
+                opened(blob, "hello")
+            return answer_to_another_version()
+
+    lines.clients["c2"].answer = older  # type: ignore[method-assign]
+    clients = remote(lines, tmp_path)
+    assert list(clients.profiles()) == ["c1"]
+    reason = f"is of polyrank '0.0.9', and this side has '{__version__}': server and sites need the same version"
+    (line,) = [line for line in clients.audit.lines() if line["event"] == "refused"]
+    assert (line["client"], line["reason"]) == ("c2", reason)
+    assert clients.left_out() == {"c2": f"not let in: {reason}"}
+    waiting = remote(lines, tmp_path, replace(FAST, clients=2))
+    with pytest.raises(TooFewError, match=r"connected: c1; c2: not let in: is of polyrank '0\.0\.9'"):
+        waiting.profiles()
+
+
+def test_a_message_from_before_versions_were_stated_is_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = zlib.compress(b'{"kind": "hello", "model": {}}')
+    with pytest.raises(VersionError, match="is of no stated version of polyrank"):
+        opened(b"PRNK\x01" + len(packed).to_bytes(4, "big") + packed, "hello")

@@ -65,6 +65,7 @@ SPEC = ModelSpec({"q": (48, 32), "v": (24, 48), "up": (96, 32)}, {"head": 60, "s
 FRAME = struct.Struct(">4sBI")
 Edit = Callable[[dict[str, Any]], None]
 Hostile = Callable[[Kind, bytes, bytes], list[bytes | None]]
+TRUST = Gate(norm=10.0, reach=True, size_cap=3.0, clip=3.0)
 
 
 def adapter_of(seed: int, rank: int = 4) -> Adapter:
@@ -572,9 +573,7 @@ def one_round(folder: Path, hostile: Hostile) -> tuple[ServerState, RoundRecord,
         Post(hostile), {"kind": "text"}, "base", terms, Audit(folder / "audit.jsonl"), lambda q, s: {}, b"s"
     )
     state = ServerState(0, adapter_of(0))
-    rounds = federate(
-        METHODS["flexlora"](), state, clients, SPEC, LocalTraining(lr=0.1), rounds=1, gate=Gate(norm=10.0)
-    )
+    rounds = federate(METHODS["flexlora"](), state, clients, SPEC, LocalTraining(lr=0.1), rounds=1, gate=TRUST)
     state, record = next(rounds)
     clients.settle(record)
     return state, record, clients

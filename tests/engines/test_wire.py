@@ -1,6 +1,9 @@
 """Messages: what is encoded is what is read, in the bytes that the cost model predicts."""
 
+import json
 import math
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +22,7 @@ from polyrank.engines.encodings import CODECS, Encoding
 from polyrank.engines.letters import ask_scores, decode_query
 from polyrank.engines.wire import (
     Sent,
+    WireError,
     decode_task,
     decode_update,
     digest,
@@ -27,6 +31,7 @@ from polyrank.engines.wire import (
     most_bytes,
     opened,
 )
+from polyrank.version import __version__
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 SIZE = st.integers(1, 9)
@@ -169,6 +174,28 @@ def test_only_what_was_trained_travels(task: Task, up: Encoding) -> None:
     sizes = [getattr(x, factor).numel() for x in layers for factor in task.factors]
     sizes += [x.numel() for x in task.adapter.dense.values()]
     assert int.from_bytes(body[:8], "little") + 8 + CODECS[up].nbytes(sizes) == len(body)
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [
+        *(("loss", x) for x in (1e308, 1.1e9, -1.0, math.nan, math.inf)),
+        ("seconds", 1e308),
+        ("memory", 1e17),
+        ("steps", -1.0),
+    ],
+)
+def test_figures_of_a_client_are_bounded(name: str, figure: float, random_adapter: Any) -> None:
+    task = Task(0, random_adapter(ModelSpec({"q": (6, 5)}), (2,)), Adapter(), "AB", LocalTraining(), None, 0)
+    sent = encode_task(task, "me")
+    blob = encode_update(Update("me", task.adapter, 3, metrics={name: 1.0}), task, sent.digest)
+    header, body = opened(blob, "update")
+    text = json.dumps({**header, "polyrank": __version__, "metrics": {name: figure}}).encode()
+    packed = zlib.compress(text)
+    forged = struct.pack(">4sBI", b"PRNK", 1, len(packed)) + packed + body
+    with pytest.raises(WireError, match=f"metrics: {name}: .* is not a finite number from 0|is not JSON") as caught:
+        decode_update(forged, sent, "me")
+    assert len(str(caught.value)) < 200
 
 
 @settings(max_examples=60, deadline=None)

@@ -197,7 +197,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     path = rows(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"no template 'alpacca'; did you mean 'alpaca'\?"):
         instructions(train=path, test=path, template="alpacca")
-    with pytest.raises(DataError, match=r"a\.jsonl: no column 'answer'.*There are: instruction, input, output, kind"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: row 1: no column 'answer'.*There are: instruction, input, output, kind"
+    ):
         instructions(train=path, test=path, response="answer")
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"with_input": "{instruction} {input}", "without_input": "instruction"}))

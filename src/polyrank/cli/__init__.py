@@ -1,7 +1,7 @@
 """The command line, ``polyrank``: one function a command. Importing it adds the commands to `app`."""
 
-from polyrank.cli import runs, language, watching, compare, report, plans, export, merging  # noqa: I001 - in the order
-from polyrank.cli import catalogue, deploy, keys, deployed  # in which --help shows them
+from polyrank.cli import runs, language, watching, compare, report, plans, export, merging, catalogue  # noqa: I001
+from polyrank.cli import deploy, keys, deployed, operating, site  # in the order in which --help shows them
 from polyrank.cli.app import app, main
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "language",
     "main",
     "merging",
+    "operating",
     "plans",
     "report",
     "runs",
+    "site",
     "watching",
 ]

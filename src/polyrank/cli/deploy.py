@@ -61,6 +61,9 @@ def init(
     listen: Annotated[str, typer.Option(help="Address the gateway listens on.")] = "0.0.0.0",
     serverapp: Annotated[str | None, typer.Option(help="ServerApp, module:attribute; polyrank's if left out.")] = None,
     clientapp: Annotated[str | None, typer.Option(help="ClientApp, module:attribute; polyrank's if left out.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Serve metrics on this port of loopback; 0: a free one.")
+    ] = None,
 ) -> None:
     """Make a deployment's folder: an authority, the server's certificate, configuration. Sites are added later."""
     with flower():
@@ -79,6 +82,7 @@ def init(
             listen=listen,
             serverapp=serverapp or Settings.serverapp,
             clientapp=clientapp or Settings.clientapp,
+            metrics_port=metrics_port,
         )
         say(f"{folder}: federation {made.settings.federation}, dialled as {made.settings.public}")
         if chosen:
@@ -94,6 +98,7 @@ def init(
 def up(
     folder: Server,
     gateway: Annotated[bool, typer.Option("--gateway", help="Run nginx as well, which other machines reach.")] = False,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for a container.")] = False,
     telemetry: Telemetry = False,
 ) -> None:
     """Start the server in the background, wait until it answers, and register the nodes. May be repeated."""
@@ -102,6 +107,9 @@ def up(
 
         found = opened(folder)
         warn(expiry.of_server(found))
+        if foreground:
+            operate.stay(found, say, gateway=gateway, telemetry=telemetry)
+            return
         ids = operate.up(found, gateway=gateway, telemetry=telemetry)
         reached = found.settings.public if gateway else f"{found.superlink}, from this machine alone"
         say(f"SuperLink answers; {len(ids)} nodes registered; reached as {reached}")
@@ -120,7 +128,7 @@ def register(folder: Server) -> None:
 @deploy.command()
 def serve(
     folder: Server,
-    name: Annotated[str, typer.Argument(help="superlink, superexec, registrar or gateway.")],
+    name: Annotated[str, typer.Argument(help="superlink, superexec, registrar, gateway or metrics.")],
     telemetry: Telemetry = False,
 ) -> None:
     """Become one process of the server, in the foreground: what the systemd units run."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,13 @@ from polyrank.cli.deploy import Server, Telemetry, answering, deploy, flower, sa
 if TYPE_CHECKING:
     from polyrank.deploy.layout import Deployment
     from polyrank.experiment.store import Run
+
+
+def show(lines: Sequence[tuple[str, str]]) -> None:
+    """Prints what a look at a site has found."""
+    for what, text in lines:
+        say(f"{what}: {text}")
+
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of this deployment.")]
 
@@ -31,6 +40,9 @@ def join(
     data: Annotated[Path | None, typer.Option(help="Where the site's data is, instead of as configured.")] = None,
     keep: Annotated[bool, typer.Option(help="Keep the model loaded between messages.")] = True,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay in the foreground, for systemd.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Look first whether model and data load; a ClientApp of another package needs none.")
+    ] = True,
     wait: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds to wait for the connection.")] = 30,
     telemetry: Telemetry = False,
 ) -> None:
@@ -42,7 +54,7 @@ def join(
 
         warn(expiry.of_node(layout.Node.open(folder)))
         options = {"site": config, "data": data, "keep": keep, "foreground": foreground, "telemetry": telemetry}
-        node = joining.join(folder, superlink, **options)  # type: ignore[arg-type]
+        node = joining.join(folder, superlink, **options, check=check, shown=show)  # type: ignore[arg-type]
         if foreground:
             return
         if joining.connected(node, wait) is None:
@@ -50,6 +62,26 @@ def join(
             err.say(f"{node.name}: not connected after {wait:g} s, and goes on trying")
             raise typer.Exit(1)
         say(f"{node.name}: connected to {superlink or node.superlink}")
+
+
+@deploy.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The folder that was handed over.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The site's configuration; NODE_DIR/site.yaml if left out.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the site's data is, instead of as configured.")] = None,
+    json_: Json = False,
+) -> None:
+    """Load a site's model and data, train a step, and say what the site will answer; nobody is dialled."""
+    with flower():
+        from polyrank.deploy.check import check as look
+
+        lines = look(config or folder / "site.yaml", data)
+        if json_:
+            print(json.dumps(dict(lines)))
+        else:
+            show(lines)
 
 
 @deploy.command()
@@ -84,7 +116,7 @@ def run(
         found = answering(folder)
         if target is not None:
             check_free(target)
-        experiment = on_this_machine(load(file, set_))
+        experiment = on_this_machine(load(file, set_), remote=True)
         drive(found, Run.create(target or free_folder(file.stem), experiment), quiet, json_)
 
 
@@ -162,7 +194,10 @@ def drive(found: Deployment, stored: Run, quiet: bool, json_: bool) -> None:
     try:
         done = sum(1 for _ in stored.records())
         with Progress(out, stored.experiment().rounds, done, silent=silent).shown() as progress:
-            outcome = follow.drive(found, stored, progress, say=tell)
+            outcome = follow.drive(found, stored, progress, say=tell, waits=err.say)
+    except follow.NotSubmittedError:
+        err.say(f"not submitted; `polyrank deploy resume {found.folder} {stored.folder}` puts it into the queue again")
+        raise typer.Exit(130) from None
     except KeyboardInterrupt:
         err.say(
             f"no longer followed; the run goes on. `polyrank deploy resume {found.folder} {stored.folder}` follows it "

@@ -44,23 +44,23 @@ class Change:
         """The norm of the change of all factors (and dense parameters), t of the way."""
         return t * math.sqrt(self.raw)
 
-    def reach(self, clip: float) -> float:
-        """The largest t in (0, 1] at which both norms are at most `clip`.
+    def reach(self, product: float, factors: float) -> float:
+        """The largest t in (0, 1] at which the norms of the products and of the factors are within these bounds.
 
         The product's norm need not grow with t: between the points where it turns it is monotone, so the last crossing
         is in the last stretch that begins within the bound, and is found by halving.
         """
-        last = 1.0 if self.factors(1.0) <= clip else clip / math.sqrt(self.raw)
-        while self.factors(last) > clip:
+        last = 1.0 if self.factors(1.0) <= factors else factors / math.sqrt(self.raw)
+        while self.factors(last) > factors:
             last = math.nextafter(last, 0.0)
-        if self.product(last) <= clip:
+        if self.product(last) <= product:
             return last
         stops = [0.0, *(t for t in self._turns() if 0 < t < last), last]
-        start = max(i for i, t in enumerate(stops) if self.product(t) <= clip)
+        start = max(i for i, t in enumerate(stops) if self.product(t) <= product)
         low, high = stops[start], stops[start + 1]
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.product(middle) <= clip else (low, middle)
+            low, high = (middle, high) if self.product(middle) <= product else (low, middle)
         return low
 
     def _turns(self) -> list[float]:
@@ -114,17 +114,28 @@ def clipped(sent: Adapter, update: Update, clip: float) -> Update:
     change = change_of(sent, update.adapter, update.factors)
     if not math.isfinite(change.xx + change.yy + change.raw):
         raise ValueError(f"client {update.client!r}: its update is not finite")
-    t = change.reach(clip)
+    adapter = part_way(sent, update.adapter, update.factors, change.reach(clip, clip))
+    return replace(update, adapter=adapter, examples=1.0, metrics={})
+
+
+def part_way(sent: Adapter, trained: Adapter, factors: Factors, t: float) -> Adapter:
+    """What was trained, t of the way from what was sent: (A + t a, B + t b), in float64.
+
+    Args:
+        sent: the adapter before.
+        trained: after, of the same layers, ranks and dense parameters.
+        factors: those that were trained; the others are those that were sent.
+        t: from 0 to 1.
+    """
     layers = {
         name: LowRank(
-            _between(sent.layers[name].A, x.A, t) if "A" in update.factors else sent.layers[name].A,
-            _between(sent.layers[name].B, x.B, t) if "B" in update.factors else sent.layers[name].B,
+            _between(sent.layers[name].A, x.A, t) if "A" in factors else sent.layers[name].A,
+            _between(sent.layers[name].B, x.B, t) if "B" in factors else sent.layers[name].B,
             x.scale,
         )
-        for name, x in update.adapter.layers.items()
+        for name, x in trained.layers.items()
     }
-    dense = {name: _between(sent.dense[name], tensor, t) for name, tensor in update.adapter.dense.items()}
-    return replace(update, adapter=Adapter(layers, dense), examples=1.0, metrics={})
+    return Adapter(layers, {name: _between(sent.dense[name], tensor, t) for name, tensor in trained.dense.items()})
 
 
 def privately(sent: Adapter, update: Update, settings: ClientPrivacy, noise: Noise) -> Update:

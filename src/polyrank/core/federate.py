@@ -11,6 +11,7 @@ does in its own ``for`` loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -67,6 +68,7 @@ def scored(
     spec: ModelSpec,
     seed: int,
     measure: Measurement | None = None,
+    most: float = math.inf,
 ) -> ServerState:
     """The state with the importance of every layer, as the method scores it in this round.
 
@@ -79,11 +81,12 @@ def scored(
         spec: the adapted modules.
         seed: the run's seed.
         measure: computes an importance on real data; a scorer that needs one fails without.
+        most: examples that a client weighs as at most.
     """
 
     def ask(query: Query) -> Mapping[str, float]:
         assert measure is not None
-        return measure(replace(query, round=state.round, seed=seed, cohort=tuple(cohort)), state)
+        return measure(replace(query, round=state.round, seed=seed, cohort=tuple(cohort), most=most), state)
 
     scores = method.score(spec, state, None if measure is None else ask)
     if scores is state.scores:
@@ -187,9 +190,9 @@ def federate(
     """Runs rounds ``state.round`` to ``rounds - 1`` and yields the state and the record after each.
 
     Who takes part is asked anew in every round; budgets are estimated again when the answer has changed. What does not
-    pass the `gate` is not used. With `errors`, records say how exact each aggregate is (`aggregation_error`), for which
-    the low-rank layers of the cohort are kept until the round ends, also where the rule streams. `device` is where the
-    rule computes (`absorb`).
+    pass the `gate` is not used, and what passes counts as what the gate makes of it. With `errors`, records say how
+    exact each aggregate is (`aggregation_error`), for which the low-rank layers of the cohort are kept until the round
+    ends, also where the rule streams. `device` is where the rule computes (`absorb`).
 
     With `privacy` on the server, the rule gets clipped updates with noise on their sum (`privately_summed`); it must be
     linear in the factors and weigh all clients alike. The noise is of the run's streams, or of the operating system's
@@ -204,13 +207,14 @@ def federate(
             if not profiles:
                 raise ValueError("there are no clients to federate")
             known, budgets, everybody = profiles, method.estimate(profiles, spec, local), ascending(profiles)
+            most = gate.most(profiles)
         now = local.at(state.round, rounds)
         chosen = [c for c in sample(everybody, cohort, state.round, seed) if budgets[c].total > 0]
-        state = scored(method, state, chosen, spec, seed, measure)
-        tasks = plan(method, state, budgets, chosen, spec, now, seed, privacy)
+        state = scored(method, state, chosen, spec, seed, measure, most)
+        tasks = gate.asked(plan(method, state, budgets, chosen, spec, now, seed, privacy), known, most)
         ledger = Ledger(state.round, method.factors(state.round), now, tasks, spec)
         kept: list[Update] = []
-        updates = ledger.watch(gate.admitted(tasks, clients.fit(tasks), ledger.refuse))
+        updates = ledger.watch(gate.admitted(tasks, clients.fit(tasks), ledger.refuse, ledger.bound, most))
         if privacy.on_server is not None:
             noise = noise_of(secret, seed, "privacy", state.round)
             updates = privately_summed(updates, tasks, privacy.on_server, noise)

@@ -23,6 +23,7 @@ class Ledger:
         self.seconds: list[float] = []
         self.memory: dict[Client, float] = {}
         self.refused: dict[Client, str] = {}
+        self.bounded: dict[Client, str] = {}
 
     def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
         """The updates, each noted as it passes."""
@@ -43,6 +44,10 @@ class Ledger:
         """Notes a client whose update is not used."""
         self.refused[client] = reason
 
+    def bound(self, client: Client, reason: str) -> None:
+        """Notes a client that counts as less than it states or sent; there may be several reasons."""
+        self.bounded[client] = "; ".join([*filter(None, [self.bounded.get(client)]), reason])
+
     def record(self, error: float | None) -> RoundRecord:
         """What happened in the round, once all updates have passed; `error` is its aggregation error, if measured."""
         return RoundRecord(
@@ -56,6 +61,7 @@ class Ledger:
             examples=self.examples,
             dropped=tuple(c for c in self.tasks if c not in self.up and c not in self.refused),
             refused=self.refused,
+            bounded=self.bounded,
             seconds=max(self.seconds) if self.seconds else None,
             predicted_memory=self._predicted(),
             measured_memory=self.memory,

@@ -147,6 +147,7 @@ class Fleet(PerClient[ClientProfile]):
 
     def __init__(self, names: Names, kind: Numbers, reports: Sequence[ClientProfile], examples: Numbers) -> None:
         super().__init__(names, lambda number: replace(reports[kind[number]], examples=int(examples[number])))
+        self.examples = examples
         present, first, inverse = np.unique(kind, return_index=True, return_inverse=True)
         order = np.argsort(first)
         alike = [replace(reports[found], examples=0) for found in present[order].tolist()]
@@ -160,6 +161,13 @@ def kinds(profiles: Mapping[Client, ClientProfile]) -> PerKind[ClientProfile]:
     seen: dict[ClientProfile, int] = {}
     kind = [seen.setdefault(replace(profile, examples=0), len(seen)) for profile in profiles.values()]
     return PerKind(Named(list(profiles)), np.asarray(kind, np.int64), list(seen))
+
+
+def sizes(profiles: Mapping[Client, ClientProfile]) -> Numbers:
+    """How many examples each client states, (clients,)."""
+    if isinstance(profiles, Fleet):
+        return profiles.examples
+    return np.asarray([profile.examples for profile in profiles.values()], np.int64)
 
 
 def ascending(clients: Mapping[Client, V]) -> Listed:

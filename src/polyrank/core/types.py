@@ -266,6 +266,7 @@ class Query:
         target: what is differentiated: ``log_likelihood`` of the label, or its raw ``logit``.
         round, seed: name the streams that draw examples and labels; filled in by `federate`.
         cohort: the clients of the round, likewise.
+        most: examples that a client of the cohort weighs as at most, likewise.
     """
 
     kind: Literal["fisher", "gradient"]
@@ -277,6 +278,7 @@ class Query:
     round: int = 0
     seed: int = 0
     cohort: tuple[Client, ...] = ()
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -291,9 +293,10 @@ class RoundRecord:
         bytes_down: bytes sent to each client: of tensors, or of the message where there is a wire.
         bytes_up: bytes each client sent back, likewise.
         losses: mean local training loss by client.
-        examples: examples behind each update.
+        examples: examples that each update counts as.
         dropped: clients that were asked and did not answer.
-        refused: clients whose update was not used, and why (`polyrank.core.gate`).
+        refused: clients that were left out, or whose update was not used, and why (`polyrank.core.gate`).
+        bounded: clients that count as less than they state or sent, and why.
         seconds: simulated seconds of the round, where the fleet states its links (the slowest client's).
         metrics: evaluation of the aggregated model, for example ``validation/accuracy``, if it was evaluated; under
             differential privacy, ``privacy/clients`` and ``privacy/examples``: epsilon of all rounds so far.
@@ -316,6 +319,7 @@ class RoundRecord:
     examples: Mapping[Client, float]
     dropped: tuple[Client, ...] = ()
     refused: Mapping[Client, str] = field(default_factory=dict)
+    bounded: Mapping[Client, str] = field(default_factory=dict)
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     predicted_memory: Mapping[Client, float] = field(default_factory=dict)

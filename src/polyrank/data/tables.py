@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +46,7 @@ class Raw(NamedTuple):
 
 def files(
     *,
-    train: Path,
+    train: Path | None = None,
     test: Path,
     validation: Path | None = None,
     text: str | list[str] | None = None,
@@ -61,7 +62,7 @@ def files(
     images are numbers (N, H, W) or (N, H, W, C).
 
     Args:
-        train: the file that is split among the clients.
+        train: the file that is split among the clients; not needed on a server whose clients are on other machines.
         test: the file for reporting.
         validation: the file for selection; without it, part of train is held out.
         text: the text column; several are joined in order with one space, empty ones left out.
@@ -77,12 +78,18 @@ def files(
         DataError: for a file, a column or a value that cannot be used.
     """
     wanted = wanted_columns(text, image, label, columns, image_range)
+    if train is None and validation is None:
+        raise DataError("data.validation: missing; where there is no data.train, nothing can be held out of it")
     paths = [Path(path) for path in (train, validation, test) if path is not None]
     for path in paths:
         check_columns(path, wanted.all)
     names = _read_classes(classes)
     splits = [read_raw(path, wanted) for path in paths]
-    return to_dataset("files", wanted.kind, splits, names)
+    dataset = to_dataset("files", wanted.kind, splits, names)
+    if train is None:
+        nothing = dataset.train.select(np.empty(0, np.int64))
+        dataset = replace(dataset, train=nothing, validation=dataset.train)
+    return dataset
 
 
 def wanted_columns(

@@ -2,7 +2,14 @@
 
 server         the server's Flower app
 client         a client's Flower app
-site           what a client has, and how it answers
+site           how a client answers
+site_file      a client's file: what it is made of, and what it allows
+holdings       what it has: data, and the model and data as a server wants them
+consent        which runs it takes part in
+policy         what may be asked of it
+ledger         what its answers have told of its data
+document       a JSON file that several processes change
+check          a look at all of that before anybody is dialled
 keeper         keeps a site's model loaded
 certificates   the authority, the server's certificate, a key pair a node, signatures
 layout         what lies where in a deployment's folder and in a node's, and in what environment Flower runs
@@ -19,4 +26,7 @@ control        Flower's command line, as functions
 operate        the server: up, register, remove, status, down
 join           a node
 follow         a run: submit, follow, submit again
+metrics        what Prometheus is told of a server; alerts.yaml has the alerts
+exposition     the text format of metrics
+backup         a server's folder in one file, and back
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.deploy.layout import LINK, DeployError, Deployment, environment, program
+from polyrank.files import write_text
 
 _PATIENCE = 60.0  # seconds for one command
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -42,7 +43,7 @@ def connect(deployment: Deployment) -> None:
         f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\naddress = "{deployment.superlink}"\n'
         f'root-certificates = "{deployment.authority}"\n'
     )
-    (deployment.home / "config.toml").write_text(text, encoding="utf-8")
+    write_text(deployment.home / "config.toml", text)
 
 
 def register(deployment: Deployment, key: Path, name: str) -> str:

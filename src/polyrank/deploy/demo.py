@@ -10,7 +10,7 @@ import yaml
 
 from polyrank.deploy import follow, join, operate, provision, registry
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment
-from polyrank.deploy.site import read_site
+from polyrank.deploy.site_file import read_site
 from polyrank.experiment.config import Experiment
 from polyrank.experiment.machine import on_this_machine
 from polyrank.experiment.session import Session
@@ -88,7 +88,7 @@ def demo(folder: Path, experiment: Experiment, shown: follow.Shown, say: Say, *,
         say: is told of steps.
         gateway: see `set_up`.
     """
-    experiment = on_this_machine(experiment)
+    experiment = on_this_machine(experiment, remote=True)
     say(f"keys, certificates and {experiment.deployment.clients} nodes in {folder}; starting them")
     deployment, run = set_up(folder, experiment, gateway=gateway)
     try:

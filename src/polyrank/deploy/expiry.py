@@ -33,12 +33,14 @@ class Deadline:
         until: when.
         now: the present.
         remedy: what to do before.
+        site: the node whose key it is; None for a certificate.
     """
 
     what: str
     until: datetime
     now: datetime
     remedy: str
+    site: str | None = None
 
     @property
     def days(self) -> int:
@@ -74,12 +76,12 @@ def of_server(deployment: Deployment, now: datetime | None = None) -> list[Deadl
     remedy = "the site runs `polyrank deploy request {} --renew`, the server `polyrank deploy add`"
     for name, member in book["nodes"].items():
         until = moment(member["until"], f"{deployment.registry}: nodes.{name}.until")
-        found.append(Deadline(f"key of {name}", until, now, remedy.format(name)))
+        found.append(Deadline(f"key of {name}", until, now, remedy.format(name), name))
     rotated = "the site runs `polyrank deploy request {} --rotate`, the server `polyrank deploy add`"
     for past in book["past"]:
         if past["why"] == "expired" and past["name"] not in book["nodes"]:
             until = moment(past["at"], f"{deployment.registry}: past.at")
-            found.append(Deadline(f"key of {past['name']}", until, now, rotated.format(past["name"])))
+            found.append(Deadline(f"key of {past['name']}", until, now, rotated.format(past["name"]), past["name"]))
     return found
 
 
@@ -92,7 +94,7 @@ def of_node(node: Node, now: datetime | None = None) -> list[Deadline]:
     until = moment(node.until, f"{node.about}: until")
     how = "--rotate" if until <= now else "--renew"  # Flower takes no key again that has ended
     remedy = f"`polyrank deploy request {node.name} {how} --out {node.folder}`"
-    return [Deadline(f"key of {node.name}", until, now, remedy), *found]
+    return [Deadline(f"key of {node.name}", until, now, remedy, node.name), *found]
 
 
 def _authorities(place: Deployment | Node, now: datetime, remedy: str) -> list[Deadline]:

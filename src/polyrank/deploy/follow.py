@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import TypedDict
 
@@ -17,12 +19,21 @@ from polyrank.deploy.control import ControlError
 from polyrank.deploy.layout import DeployError, Deployment
 from polyrank.experiment import shapes
 from polyrank.experiment.following import Following
-from polyrank.experiment.store import Run
+from polyrank.files import append_line
+
+if TYPE_CHECKING:
+    from polyrank.experiment.store import Run  # heavy
 
 COMPLETED, STOPPED, LOST = "finished:completed", "finished:stopped", "lost"
 ATTEMPTS = 10
 _SILENCE = 180.0  # seconds for which the SuperLink may be away
 _ERROR_LINES = 20
+_TURN = 5.0  # seconds between looks whether another run has ended
+Say = Callable[[str], None]
+
+
+class NotSubmittedError(KeyboardInterrupt):
+    """Somebody has stopped waiting for a run's turn."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +89,56 @@ def submit(deployment: Deployment, stored: Run) -> str:
     if re.search(r"[\"'\\\n]", folder):
         raise DeployError(f"{folder}: Flower cannot be told a path with quotes or backslashes")
     run_id = control.start_run(deployment, folder)
-    with open(_book(deployment), "a", encoding="utf-8") as file:
-        file.write(json.dumps({"id": run_id, "folder": folder}) + "\n")
+    append_line(_book(deployment), json.dumps({"id": run_id, "folder": folder}))
     return run_id
+
+
+def submit_in_turn(deployment: Deployment, stored: Run, say: Say) -> str:
+    """Submits a run once no other one works on the federation; returns Flower's id of it.
+
+    One run at a time: a site holds one model and the answer to its last task, so that nothing is trained or released
+    twice. Two runs would have it load a model for every message, and train a task again that it has answered.
+
+    Args:
+        deployment: the server's.
+        stored: the run's folder.
+        say: is told which run is waited for.
+
+    Raises:
+        NotSubmittedError: if somebody interrupts the wait.
+        DeployError: as `submit`.
+    """
+    named, waits = None, True
+    try:
+        while True:
+            with _alone(deployment):
+                other = working(deployment)
+                if other is None:
+                    waits = False
+                    return submit(deployment, stored)
+            if other != named:
+                folder = submitted(deployment).get(other)
+                end = f"; `polyrank deploy stop {deployment.folder} {folder}` ends it" if folder else ""
+                say(f"run {other} works on this federation, one run at a time: this one waits for its turn{end}")
+                named = other
+            time.sleep(_TURN)
+    except KeyboardInterrupt:
+        if waits:
+            raise NotSubmittedError from None
+        raise
+
+
+def working(deployment: Deployment) -> str | None:
+    """Flower's id of a run that has not ended, whoever submitted it."""
+    return next((key for key, state in control.statuses(deployment).items() if not state.startswith("finished")), None)
+
+
+@contextmanager
+def _alone(deployment: Deployment) -> Iterator[None]:
+    """Keeps other processes from submitting, so that two that look at once do not both find nobody at work."""
+    with open(deployment.folder / "state" / "submit.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def submitted(deployment: Deployment) -> dict[str, str]:
@@ -152,7 +210,8 @@ def drive(
     stored: Run,
     shown: Shown,
     *,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
+    waits: Say = lambda text: None,
     attempts: int = ATTEMPTS,
 ) -> Outcome:
     """Follows a run to its end, and submits it again after failures between which it made progress.
@@ -162,13 +221,14 @@ def drive(
         stored: the run's folder; a submission that works on it already is followed, and not doubled.
         shown: is told of every round once.
         say: is told of submissions.
+        waits: is told of a run that works on the federation and is waited for.
         attempts: most submissions.
     """
     first = done = _done(stored)
     run_id = active(deployment, stored)
     for attempt in range(attempts):
         if run_id is None:
-            run_id = submit(deployment, stored)
+            run_id = submit_in_turn(deployment, stored, waits)
             say(f"submitted as run {run_id}" + (f", from round {done + 1}" if done else ""))
         else:
             say(f"following run {run_id}")

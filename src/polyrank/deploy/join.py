@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def join(
     keep: bool = True,
     foreground: bool = False,
     telemetry: bool = False,
+    check: bool = True,
+    shown: Callable[[Sequence[tuple[str, str]]], None] | None = None,
 ) -> Node:
     """Starts a node and keeps it running: in the background, or here until it is told to end.
 
@@ -67,8 +70,11 @@ def join(
             have to load it.
         foreground: supervise in this process, for systemd.
         telemetry: leaves Flower's telemetry and update checks on.
+        check: look at the site's file, model and data before anybody is dialled (`polyrank.deploy.check`).
+        shown: is told what that has found.
 
     Raises:
+        InputError: naming what of the site is not as it must be.
         DeployError: naming what is missing or over, what of the server's certificate or of the clock is wrong.
     """
     node = Node.open(folder)
@@ -76,6 +82,12 @@ def join(
     if not ADDRESS.fullmatch(address):
         raise DeployError(f"{'--superlink' if superlink else node.about}: {address!r} is not host:port")
     _check(node, config, data)
+    if check:
+        from polyrank.deploy.check import check as look  # heavy
+
+        lines = look(config, data)
+        if shown is not None:
+            shown(lines)
     if not foreground:
         preflight(node, address)
     for place in (node.folder / "state", node.home, node.run, node.logs):
@@ -139,7 +151,7 @@ def _check(node: Node, site: Path, data: Path | None) -> None:
     if node.key.stat().st_mode & 0o077:
         raise DeployError(f"{node.key}: others may read it; chmod 600 {node.key}")
     for deadline in expiry.of_node(node):
-        if deadline.level == "error" and deadline.what.startswith("key of"):
+        if deadline.level == "error" and deadline.site is not None:
             raise DeployError(str(deadline))
     if pid := supervise.running(node.run, supervise.SUPERVISOR):
         raise DeployError(f"{node.folder}: node {node.name} runs already (pid {pid}); `polyrank deploy down` ends it")

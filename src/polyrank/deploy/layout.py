@@ -20,17 +20,19 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from polyrank.errors import InputError
 from polyrank.experiment.shapes import check
-from polyrank.files import from_json
+from polyrank.files import from_json, named
 
 LINK = "deploy"  # what Flower's command line calls the SuperLink
 LOOPBACK = "127.0.0.1"
 ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}")  # host:port
+Port = Annotated[int, Field(ge=1, le=65_535)]
 _UNLIKE = "not as `polyrank deploy init` wrote it"
 
 
@@ -50,15 +52,17 @@ class Settings:
         superlink_port: of the SuperLink, on loopback.
         serverapp: ``module:attribute`` of the installed ServerApp.
         clientapp: ``module:attribute`` of the installed ClientApp.
+        metrics_port: of the metrics, on loopback; None for no metrics.
     """
 
     federation: str
     hosts: tuple[str, ...]
-    port: int
+    port: Port
     listen: str
-    superlink_port: int
+    superlink_port: Port
     serverapp: str = "polyrank.deploy.server:app"
     clientapp: str = "polyrank.deploy.client:app"
+    metrics_port: Port | None = None
 
     @property
     def public(self) -> str:
@@ -309,8 +313,13 @@ def write_private(path: Path, data: str | bytes) -> None:
     Raises:
         FileExistsError: rather than overwrite.
     """
-    for folder in reversed(path.parents):
+    private_folder(path.parent)
+    with named(path), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder, and what is above it, that only their owner may enter, where they are not there."""
+    for folder in (*reversed(path.parents), path):
         if not folder.exists():
             folder.mkdir(mode=0o700)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)

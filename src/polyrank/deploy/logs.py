@@ -39,22 +39,43 @@ def last(place: Deployment | Node, who: str | None, lines: int) -> list[str]:
 def written(place: Deployment | Node, who: str | None, lines: int) -> Iterator[str]:
     """The last lines of each log, then what is added to them, without end."""
     found = logs(place, who)
-    read = {name: path.stat().st_size for name, path in found.items()}
+    ends = {name: _End(path) for name, path in found.items()}
     yield from last(place, who, lines)
     while True:
-        for name, path in found.items():
-            size = path.stat().st_size if path.is_file() else 0
-            start = read[name] if size >= read[name] else 0  # a log that was set aside starts anew
-            if size > start:
-                with open(path, "rb") as file:
-                    file.seek(start)
-                    text = file.read(size - start)
-                whole = text[: text.rfind(b"\n") + 1]
-                for line in control.plain(whole.decode(errors="replace")).splitlines():
-                    yield _named(name, line, len(found))
-                start += len(whole)
-            read[name] = start
+        for name, end in ends.items():
+            for line in control.plain(end.more().decode(errors="replace")).splitlines():
+                yield _named(name, line, len(found))
         time.sleep(0.5)
+
+
+class _End:
+    """The end of a log that grows, and is set aside when it is large."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.read, self.file = path, path.stat().st_size, path.stat().st_ino
+
+    def more(self) -> bytes:
+        """Whole lines that were added since the last call, also to the file that was set aside."""
+        text, aside = b"", self.path.with_suffix(".log.1")
+        if not self.path.is_file():
+            return text
+        now = self.path.stat()
+        if now.st_ino != self.file:
+            if aside.is_file() and aside.stat().st_ino == self.file:
+                text = _after(aside, self.read)
+            self.read, self.file = 0, now.st_ino
+        elif now.st_size < self.read:
+            self.read = 0
+        fresh = _after(self.path, self.read)
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self.read += len(whole)
+        return text + whole
+
+
+def _after(path: Path, start: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read()
 
 
 def lines_of_run(deployment: Deployment, run_id: str) -> list[str]:

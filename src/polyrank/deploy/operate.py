@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Node, Plac
 from polyrank.deploy.registrar import keep, register
 from polyrank.deploy.supervise import Service
 
-SUPERLINK, SUPEREXEC, GATEWAY, REGISTRAR = "superlink", "superexec", "gateway", "registrar"
+SUPERLINK, SUPEREXEC, REGISTRAR, GATEWAY, METRICS = "superlink", "superexec", "registrar", "gateway", "metrics"
 
 
 def services(deployment: Deployment, gateway: bool) -> list[Service]:
@@ -45,6 +46,8 @@ def services(deployment: Deployment, gateway: bool) -> list[Service]:
     commands = {SUPERLINK: superlink, SUPEREXEC: superexec, REGISTRAR: registrar}
     if gateway:
         commands[GATEWAY] = [nginx(), "-p", str(deployment.run), "-c", str(deployment.folder / "nginx.conf")]
+    if deployment.settings.metrics_port is not None:
+        commands[METRICS] = [program("polyrank"), "deploy", "metrics", str(deployment.folder)]
     return [
         Service(name, command, str(state), str(deployment.logs / f"{name}.log")) for name, command in commands.items()
     ]
@@ -67,19 +70,69 @@ def up(
     Raises:
         DeployError: if its certificate or its authority has ended, or if it does not come up, with the end of its log.
     """
-    for deadline in expiry.of_server(deployment):
-        if deadline.level == "error" and not deadline.what.startswith("key of"):
-            raise DeployError(str(deadline))
+    _check_certificates(deployment)
     if supervise.running(deployment.run, supervise.SUPERVISOR):
         if gateway and not (deployment.run / f"{GATEWAY}.pid").exists():
             raise DeployError(f"{deployment.folder}: runs without a gateway; `polyrank deploy down` it first")
     else:
-        supervise.stop(deployment.run)  # what a supervisor that was killed has left
-        wanted = services(deployment, gateway)
-        _check_free("--superlink-port", LOOPBACK, deployment.settings.superlink_port)
-        if gateway:
-            _check_free("--port", deployment.settings.listen, deployment.settings.port)
-        supervise.start(deployment.run, wanted, environment(deployment.home, telemetry))
+        ready = _ready(deployment, gateway)
+        supervise.start(deployment.run, ready, environment(deployment.home, telemetry))
+    return _answering(deployment, gateway, patience)
+
+
+def stay(deployment: Deployment, say: Callable[[str], None], *, gateway: bool = False, telemetry: bool = False) -> None:
+    """Runs a server in this process until it is told to end, for a container; registers nodes when it answers.
+
+    Args:
+        deployment: the server's.
+        say: is told when the server answers, and why it does not.
+        gateway: see `up`.
+        telemetry: see `up`.
+
+    Raises:
+        DeployError: if its certificate or its authority has ended, if it runs already, or a port is taken.
+    """
+    _check_certificates(deployment)
+    if pid := supervise.running(deployment.run, supervise.SUPERVISOR):
+        raise DeployError(f"{deployment.folder}: runs already (pid {pid}); `polyrank deploy down` ends it")
+    ready = _ready(deployment, gateway)
+
+    def register_nodes() -> None:
+        while True:
+            try:
+                say(f"SuperLink answers; {len(_answering(deployment, gateway, 90.0))} nodes registered")
+                return
+            except (DeployError, OSError) as error:
+                say(str(error))
+                time.sleep(10)
+
+    threading.Thread(target=register_nodes, daemon=True).start()
+    supervise.supervise(deployment.run, ready, environment(deployment.home, telemetry))
+
+
+def _check_certificates(deployment: Deployment) -> None:
+    for deadline in expiry.of_server(deployment):
+        if deadline.level == "error" and deadline.site is None:
+            raise DeployError(str(deadline))
+
+
+def _ready(deployment: Deployment, gateway: bool) -> list[Service]:
+    """The processes of a server, after a look for what would keep them from starting."""
+    supervise.stop(deployment.run)  # what a supervisor that was killed has left
+    for place in (deployment.home, deployment.run, deployment.logs):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings = deployment.settings
+    ready = services(deployment, gateway)
+    _check_free("--superlink-port", LOOPBACK, settings.superlink_port)
+    if settings.metrics_port is not None:
+        _check_free("--metrics-port", LOOPBACK, settings.metrics_port)
+    if gateway:
+        _check_free("--port", settings.listen, settings.port)
+    return ready
+
+
+def _answering(deployment: Deployment, gateway: bool, patience: float) -> dict[str, str]:
+    """Waits until a server answers, and registers its nodes; returns their ids, by name."""
     wait_healthy(deployment, deployment.settings.superlink_port, patience, SUPERLINK)
     if gateway and deployment.settings.listen in (LOOPBACK, "0.0.0.0"):
         wait_healthy(deployment, deployment.settings.port, patience, GATEWAY)
@@ -94,7 +147,7 @@ def serve(deployment: Deployment, name: str, say: Callable[[str], None], telemet
     """
     known = {service.name: service for service in services(deployment, name == GATEWAY)}
     if name not in known:
-        raise DeployError(f"{name!r}: a server's processes are {SUPERLINK}, {SUPEREXEC}, {REGISTRAR} and {GATEWAY}")
+        raise DeployError(f"{name!r}: a server's processes are {', '.join(known)} and {GATEWAY}")
     if name == REGISTRAR:
         keep(deployment, lambda: healthy(deployment, deployment.settings.superlink_port), say)
         return
@@ -208,6 +261,22 @@ def healthy(deployment: Deployment, port: int) -> bool:
             return client.get(f"https://{LOOPBACK}:{port}/health").status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def fault(place: Deployment | Node) -> str | None:
+    """What keeps a server or a node from working, as far as its machine knows; None if nothing does."""
+    found = processes(place)
+    if isinstance(place, Node) and not found:
+        return f"{place.folder}: nothing runs; `polyrank deploy join` starts it"
+    for name, pid in found.items():
+        if pid is None:
+            return f"{name} does not run; see {place.logs / name}.log"
+    if isinstance(place, Deployment):
+        doors = {SUPERLINK: place.settings.superlink_port, GATEWAY: place.settings.port}
+        for name, port in doors.items():
+            if (name == SUPERLINK or name in found) and not healthy(place, port):
+                return f"{name} does not answer on port {port}"
+    return None
 
 
 def wait_healthy(deployment: Deployment, port: int, patience: float, name: str) -> None:

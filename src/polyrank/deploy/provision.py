@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import ipaddress
 import json
+import os
 import re
 import secrets
 import shlex
@@ -36,6 +37,7 @@ def init(
     listen: str = "0.0.0.0",
     serverapp: str = Settings.serverapp,
     clientapp: str = Settings.clientapp,
+    metrics_port: int | None = None,
 ) -> Deployment:
     """Makes a deployment's folder: its authority, its server's key and certificate, configuration.
 
@@ -49,11 +51,14 @@ def init(
         listen: the address the gateway listens on.
         serverapp: ``module:attribute`` of an installed ServerApp.
         clientapp: ``module:attribute`` of an installed ClientApp.
+        metrics_port: of the metrics, on loopback; 0: one that is free now; None: there are none.
 
     Raises:
         DeployError: naming what cannot be, before anything is written.
     """
-    _check(folder, names, hosts, {"--port": port, "--superlink-port": superlink_port}, listen, (serverapp, clientapp))
+    ports = {"--port": port, "--superlink-port": superlink_port}
+    ports |= {} if metrics_port is None else {"--metrics-port": metrics_port}
+    _check(folder, names, hosts, ports, listen, (serverapp, clientapp))
     settings = Settings(
         federation=secrets.token_hex(8),
         hosts=tuple(hosts),
@@ -62,6 +67,7 @@ def init(
         superlink_port=superlink_port or free_port(),
         serverapp=serverapp,
         clientapp=clientapp,
+        metrics_port=free_port() if metrics_port == 0 else metrics_port,
     )
     ca_key, ca_certificate = certificates.authority()
     key, certificate = certificates.server_certificate(ca_key, ca_certificate, hosts)
@@ -72,7 +78,7 @@ def init(
         "server/server.key": key,
         "server/server.crt": certificate,
         "server/superexec.secret": secrets.token_bytes(48),
-        **_texts(deployment.folder, settings),
+        **texts(deployment.folder, settings),
         "registry.json": json.dumps({"nodes": {}, "past": []}) + "\n",
         "deploy.json": settings.written(),
     }
@@ -160,6 +166,18 @@ def check_names(names: Sequence[str]) -> None:
             raise DeployError(f"node {name!r}: is there twice, in capitals or not; names must differ")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot become a server's.
+
+    Raises:
+        DeployError: saying why.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DeployError(f"{folder}: is not an empty folder; choose another")
+    if re.search(r"[\s\"'$;{}%\\]", str(folder.resolve())):
+        raise DeployError(f"{folder}: the path goes into configuration files: no spaces, quotes, or $ ; {{ }} % \\")
+
+
 def _check(
     folder: Path,
     names: Sequence[str],
@@ -168,10 +186,7 @@ def _check(
     listen: str,
     components: Iterable[str],
 ) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DeployError(f"{folder}: is not an empty folder; choose another")
-    if re.search(r"[\s\"'$;{}%\\]", str(folder.resolve())):
-        raise DeployError(f"{folder}: the path goes into configuration files: no spaces, quotes, or $ ; {{ }} % \\")
+    check_folder(folder)
     check_names(names)
     if not hosts:
         raise DeployError("--host: missing: the name or address under which the sites reach this machine")
@@ -181,8 +196,9 @@ def _check(
     for option, port in ports.items():
         if not 0 <= port < 65536:
             raise DeployError(f"{option}: {port} must be between 1 and 65535, or 0 for one that is free")
-    if len(set(ports.values())) < len(ports) and all(ports.values()):
-        raise DeployError("--port and --superlink-port must differ")
+    given = [port for port in ports.values() if port]
+    if len(set(given)) < len(given):
+        raise DeployError(f"{', '.join(ports)} must differ")
     if not _is_address(listen):
         raise DeployError(f"--listen: {listen!r} is not an address of this machine, for example 0.0.0.0")
     for component in components:
@@ -198,8 +214,8 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
-    """The text files of a server."""
+def texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
+    """The text files of a server, by their path in its folder; they name the folder."""
     listen = f"[{settings.listen}]" if ":" in settings.listen else settings.listen
     common = {"folder": str(folder), "public": settings.public}
     return {
@@ -219,24 +235,34 @@ def _texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
             superlink_port=str(settings.superlink_port),
             **common,
         ),
-        **_units(folder),
+        **_units(folder, settings),
     }
 
 
-def _units(folder: Path) -> dict[str, str | bytes]:
+def _units(folder: Path, settings: Settings) -> dict[str, str | bytes]:
     """systemd units of the server: each runs one process, as `polyrank deploy serve` says it is run."""
     polyrank = str(Path(sys.executable).parent / "polyrank")
-    described = {"superlink": "SuperLink", "superexec": "SuperExec", "gateway": "gateway", "registrar": "registrar"}
+    cores = os.cpu_count() or 1
+    described = {  # what it is, and the most memory and processor time that it may take
+        "superlink": ("SuperLink", "40%", "200%"),
+        "superexec": ("SuperExec", "75%", f"{90 * cores}%"),
+        "registrar": ("registrar", "512M", "100%"),
+        "gateway": ("gateway", "1G", "100%"),
+    }
+    if settings.metrics_port is not None:
+        described["metrics"] = ("metrics", "512M", "50%")
     return {
         f"systemd/polyrank-{name}.service": _filled(
             templates.SERVER_UNIT,
             description=f"polyrank {text}",
+            memory=memory,
+            cpu=cpu,
             after="" if name == "superlink" else " polyrank-superlink.service",
             user=getpass.getuser(),
             folder=str(folder),
             command=shlex.join([polyrank, "deploy", "serve", str(folder), name]),
         )
-        for name, text in described.items()
+        for name, (text, memory, cpu) in described.items()
     }
 
 

@@ -23,7 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     run = Run.open(Path(str(context.run_config["folder"])))
     if run.summary() is None:
         audit = Audit(run.folder / "audit.jsonl")
-        session = Session(run, build_server(run.experiment(), FlowerPost(grid), audit, run.secret()))
+        world = build_server(run.experiment(), FlowerPost(grid), audit, run.secret(), run.folder.name)
+        session = Session(run, world)
         with session.logs:
             for _ in session.rounds():
                 pass

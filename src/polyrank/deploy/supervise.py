@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 SUPERVISOR = "supervisor"
 _SETTLED = 60.0  # seconds after which a process counts as started well
 _LONGEST_PAUSE = 10.0  # seconds between restarts; the first is 1 s, and each is twice as long as the one before
 _GRACE = 15.0  # seconds between asking a process to end and ending it
-_LOG_BYTES = 20_000_000  # a log that is larger when its process starts is set aside, in place of the one before
+_LOG_BYTES = 20_000_000  # a log that would be larger is set aside, in place of the one before
+_PIECE = 65_536  # bytes of output that are taken at once
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ def start(folder: Path, services: Sequence[Service], environment: Mapping[str, s
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     stored = folder / "services.json"
-    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump([asdict(service) for service in services], file)
+    try:
+        with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            json.dump([asdict(service) for service in services], file)
+    except OSError as error:  # of a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(stored)) from None
     command = [sys.executable, "-P", __file__, str(folder), "--detach"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=folder, env=dict(environment))
     deadline = time.monotonic() + 10
@@ -126,6 +131,8 @@ class _Kept:
     def __init__(self, folder: Path, service: Service, environment: Mapping[str, str]) -> None:
         self.folder, self.service, self.environment = folder, service, dict(environment)
         self.process: subprocess.Popen[bytes] | None = None
+        self.log = Log(Path(service.log))
+        self.reader: threading.Thread | None = None
         self.failures, self.since, self.next = 0, 0.0, 0.0
 
     def check(self) -> None:
@@ -148,35 +155,68 @@ class _Kept:
         """Ends the process and all of its group."""
         if self.process is not None:
             _end_group(self.process.pid, self.process)
+            if self.reader is not None:
+                self.reader.join(1.0)  # its last words
             self._note("stopped")
         (self.folder / f"{self.service.name}.pid").unlink(missing_ok=True)
 
     def _start(self) -> None:
-        log, service = Path(self.service.log), self.service
-        if log.exists() and log.stat().st_size > _LOG_BYTES:
-            log.replace(log.with_suffix(".log.1"))
         self._note("starts")
         self.since = time.monotonic()
         try:
-            with open(log, "ab") as output:
-                self.process = subprocess.Popen(
-                    list(service.command),
-                    env=self.environment,
-                    cwd=service.cwd,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
+            self.process = subprocess.Popen(
+                list(self.service.command),
+                env=self.environment,
+                cwd=self.service.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as error:
             self._note(f"does not start: {error}")
             self.next = self.since + _LONGEST_PAUSE
             return
-        _write(self.folder, service.name, self.process.pid)
+        assert self.process.stdout is not None
+        self.reader = threading.Thread(target=self.log.take, args=(self.process.stdout,), daemon=True)
+        self.reader.start()
+        _write(self.folder, self.service.name, self.process.pid)
 
     def _note(self, text: str) -> None:
-        with open(self.service.log, "a", encoding="utf-8") as log:
-            log.write(f"[supervisor] {time.strftime('%Y-%m-%d %H:%M:%S')} {self.service.name} {text}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.log.write(f"[supervisor] {now} {self.service.name} {text}\n".encode())
+
+
+class Log:
+    """A log of bounded size: what would be too large is set aside as ``NAME.log.1``, in place of the one before.
+
+    A process writes into a pipe, and not into the file, so that it need not know when the file is another one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()  # a process that has escaped from its group may write on beside the next
+
+    def take(self, output: IO[bytes]) -> None:
+        """Writes all output of a process, until the last one that has the pipe ends."""
+        with output:
+            while piece := os.read(output.fileno(), _PIECE):
+                self.write(piece)
+
+    def write(self, text: bytes) -> None:
+        """Adds to the log. Where the disk is full, the text is lost, and the process goes on."""
+        with self._lock, suppress(OSError):
+            size = self.path.stat().st_size if self.path.exists() else 0
+            if size and size + len(text) > _LOG_BYTES:
+                rest = text.find(b"\n") + 1  # a line is not cut in two
+                self._add(text[:rest])
+                os.replace(self.path, self.path.with_suffix(".log.1"))
+                text = text[rest:]
+            self._add(text)
+
+    def _add(self, text: bytes) -> None:
+        with open(self.path, "ab") as file:
+            file.write(text)
 
 
 def _end_group(pid: int, process: subprocess.Popen[bytes] | None = None) -> None:

@@ -30,7 +30,7 @@ NGINX = """\
 daemon off;
 worker_processes 1;
 pid $folder/run/nginx.id;
-error_log $folder/logs/gateway-errors.log;
+error_log stderr;  # into the log of the process, which is rotated
 events { worker_connections 1024; }
 http {
   access_log off;
@@ -63,12 +63,17 @@ http {
 """
 
 _KEPT = """\
-Restart=always
+Restart=on-failure
 RestartSec=10
 UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
-ProtectSystem=full
+ProtectSystem=strict
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
 
 [Install]
 WantedBy=multi-user.target
@@ -85,7 +90,11 @@ Wants=network-online.target
 User=$user
 WorkingDirectory=$folder
 ExecStart=$command
+# All else is read-only: runs and downloaded models are written here. Add a path to have them elsewhere.
 ReadWritePaths=$folder
+Environment=HF_HOME=$folder/models
+MemoryMax=$memory
+CPUQuota=$cpu
 """
     + _KEPT
 )
@@ -103,14 +112,20 @@ Wants=network-online.target time-sync.target
 User=polyrank
 WorkingDirectory=/var/lib/polyrank/%i
 ExecStart=/opt/polyrank/bin/polyrank deploy join /var/lib/polyrank/%i --foreground
+# All else is read-only: downloaded models are written here, too.
 ReadWritePaths=/var/lib/polyrank/%i
+Environment=HF_HOME=/var/lib/polyrank/%i/models
+# What this machine can spare: 100% is one core. Say as many cores under `threads` in site.yaml.
+MemoryMax=80%
+CPUQuota=400%
 """
     + _KEPT
 )
 
 SITE = """\
-# What node $name is made of. This file and the data stay here; the server learns how many examples there are, and the
-# resources that are stated below.
+# What node $name is made of, and what it allows. This file and the data stay here; the server learns how many examples
+# there are, and the resources that are stated below. `polyrank deploy check .` looks whether all of it goes together,
+# and says what this site will answer. docs/deploy.md explains every key.
 model: ./model                 # this site's copy of the base model: a folder, or a name on the hub
 data:
   name: files
@@ -119,12 +134,29 @@ data:
   text: text                   # the column of the inputs; `image: ...` in its place for images
   label: label
   # Instructions with responses: name: instructions, and response, instruction, input: their columns; see docs/data.md.
-# rank: 8                      # a LoRA rank per module, if the operator wants to state one
+# What the machine can afford: a rank, or the memory and links from which the server derives one. The experiment's
+# method says which it takes. A site from which no rank follows is left out of the run.
+# rank: 8                      # a LoRA rank per module
 # memory: 16 GiB               # of the accelerator; detect: what is free on it
 # uplink: 20 Mbit/s
 # downlink: 100 Mbit/s
 # device: auto                 # cuda, cpu, ...
 # threads: 4                   # CPU threads; all cores if left out
+
+# What it allows. A new run waits until `polyrank site approve . RUN`; auto: it takes part at once.
+approve: ask
+limits:                        # of one task; more is refused before anything is trained
+  steps: 10000
+  epochs: 20
+  seconds: 3600
+# memory: 8 GiB
+# What its answers may tell of the data. Without a budget, nothing bounds it. Needs polyrank's extra `privacy`.
+# budget:
+#   epsilon: 8                 # of all answers ever given, in all runs
+#   run: 2                     # of any one run
+#   delta: 1.0e-6              # below one over the number of examples
+# privacy:                     # and the least noise in a task
+#   examples: {clip: 1.0, noise: 1.0}
 """
 
 NODE_README = """\
@@ -136,14 +168,18 @@ whoever has it can take part under this name. It was made here. Keep it on this 
 1. Send `request.json` to the server's operator. It holds no secret. Tell them the key's fingerprint over another
    channel, the telephone for example: `polyrank deploy request` has shown it, and `ssh-keygen -l -f node.key` does.
 2. Put the answer in: `polyrank deploy accept . $name.json`. Compare the authority's fingerprint in the same way.
-3. Say in `site.yaml` where this site's data is and what the machine can afford. The code that trains is the one
-   installed here (`pip install '.[flower]'`, from a checkout); the server sends none.
+3. Say in `site.yaml` where this site's data is, what the machine can afford, and what the site allows. Then
+   `polyrank deploy check .` loads model and data, trains a step, and says what the site will answer. It dials nobody.
+   The code that trains is the one installed here (`pip install '.[flower]'`, from a checkout); the server sends none.
 4. Keep the clock right (NTP): the server refuses a node whose clock is over 5 seconds ahead or 5 minutes behind.
 5. Start: `polyrank deploy join .`. It dials the server, which must be reachable; nothing dials this machine.
 
 `polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, and
-`polyrank deploy down .` ends it. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
-runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=` and the path of `polyrank`; then
+`polyrank deploy down .` ends it. A new run waits for you: `polyrank site runs .` shows it and what it would cost,
+`polyrank site approve . RUN` or `deny` decides, `polyrank site pause .` stops all answers, and `polyrank site log .`
+says who asked what. With systemd: copy this folder to `/var/lib/polyrank/$name`, owned by the user that
+runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User=`, the path of `polyrank`, and
+`MemoryMax=` and `CPUQuota=`; then
 `systemctl enable --now polyrank-node@$name`.
 
 | file | what it is |
@@ -154,6 +190,8 @@ runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User
 | `ca.crt` | the authority that the server's certificate is checked against |
 | `node.json` | the node's name and the server's address |
 | `site.yaml` | this site's configuration; it is not sent |
+| `ledger.json` | what the answers have told of the data; whoever deletes it forgets what was spent: back it up |
+| `runs.json`, `history.jsonl` | what was decided on each run; who asked what, and what was answered |
 """
 
 README = """\
@@ -172,6 +210,7 @@ polyrank deploy status $folder              # processes, nodes, runs, and until 
 polyrank deploy run $folder FILE.yaml       # a run, followed to its end
 polyrank deploy resume $folder runs/NAME    # follows a run again, or continues it
 polyrank deploy logs $folder superlink      # or superexec, registrar, gateway, supervisor
+polyrank deploy backup $folder --out FILE   # keys, database and runs in one file; `restore` makes a folder of it
 polyrank deploy down $folder                # ends all of it; a later `up` goes on with the same nodes
 ```
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +28,12 @@ class FlowerPost:
     """
 
     def __init__(self, grid: Grid) -> None:
+        from flwr.superlink.grid.http_grid import HttpGrid  # heavy, and clients import this module as well
+
+        from polyrank.engines.pieces import Parcels
+
         self.grid = grid
+        self.parcels = Parcels(grid) if isinstance(grid, HttpGrid) else None
 
     def sites(self) -> dict[Client, int]:
         """The nodes that are online. Of two with one name, which registration should not allow, the older one."""
@@ -45,9 +50,25 @@ class FlowerPost:
         ids = self.grid.push_messages(messages)
         return {message: client for message, client in zip(ids, clients, strict=True) if message}
 
-    def receive(self, messages: Collection[str]) -> list[Reply]:
-        """What has come. An error's sender may be the SuperLink, so replies are told apart by what they answer."""
-        return [_reply(message) for message in self.grid.pull_messages(set(messages))] if messages else []
+    def receive(self, messages: Mapping[str, int]) -> Iterator[Reply]:
+        """What has come. An error's sender may be the SuperLink, so replies are told apart by what they answer.
+
+        From a SuperLink no more is fetched than may answer. A grid of another kind, within a process, hands out whole
+        messages, which are measured then.
+        """
+        if not messages:
+            return
+        found: Iterable[tuple[str, Message | Exception]]
+        if self.parcels is not None:
+            found = self.parcels.fetched(messages)
+        else:
+            pulled = self.grid.pull_messages(set(messages))
+            found = ((message.metadata.reply_to_message_id, message) for message in pulled)
+        for asked, message in found:
+            if isinstance(message, Exception):
+                yield Reply(asked, None, str(message), refused=True)
+            else:
+                yield _reply(asked, message, messages.get(asked, 0))
 
 
 def answer(message: Message, blob: bytes) -> Message:
@@ -74,11 +95,13 @@ def _content(blob: bytes) -> RecordDict:
     return RecordDict({_NAME: ArrayRecord({_NAME: Array(np.frombuffer(blob, np.uint8))})})
 
 
-def _reply(message: Message) -> Reply:
-    asked = message.metadata.reply_to_message_id
+def _reply(asked: str, message: Message, most: int) -> Reply:
     if message.has_error():
         return Reply(asked, None, f"error {message.error.code}: {message.error.reason}")
     try:
-        return Reply(asked, blob_of(message))
+        blob = blob_of(message)
     except Exception as error:  # whatever a hostile payload provokes in the decoder of arrays
-        return Reply(asked, None, f"cannot be read: {error}")
+        return Reply(asked, None, f"cannot be read: {error}", refused=True)
+    if len(blob) > most:
+        return Reply(asked, None, f"has {len(blob)} bytes, and an answer may have {most}", refused=True)
+    return Reply(asked, blob)

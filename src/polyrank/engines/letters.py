@@ -1,4 +1,4 @@
-"""The short messages beside tasks and updates: what a client is, and which layers matter on its data."""
+"""The short messages beside tasks and updates: what a client is, which layers matter on its data, what it refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from polyrank.core.types import (
     Target,
     Task,
 )
+from polyrank.engines.announcement import Announcement
 from polyrank.engines.wire import BROKEN, SMALL, WireError, decode_task, digest, encode_task, frame, opened, shown
+from polyrank.text import REASON, one_line
 
 _KNOWN = {"examples": int, "rank": int, "memory": float, "uplink": float, "downlink": float, "flops": float}
 _MOST = 2**53
@@ -30,11 +32,13 @@ _MOST = 2**53
 _MOST_SCORE = torch.finfo(torch.float32).max
 _PER_SCORE = 32
 """Most bytes of a score in a message, beside its layer's name."""
+MOST_PROFILE = 2 * SMALL
+"""Most bytes of a profile, as it travels."""
 
 
-def ask_profile(model: Mapping[str, Any]) -> bytes:
-    """Asks a client what it is, and whether it has the model."""
-    return frame({"kind": "hello", "model": model})
+def ask_profile(model: Mapping[str, Any], run: Announcement | None = None) -> bytes:
+    """Tells a client of a run, and asks what it is, and whether it has the model."""
+    return frame({"kind": "hello", "model": model, **({"run": run.plain()} if run else {})})
 
 
 def encode_profile(profile: ClientProfile, base: str, asked: bytes) -> bytes:
@@ -64,11 +68,16 @@ def decode_profile(blob: bytes, asked: bytes, base: str) -> ClientProfile:
     return ClientProfile(**values)
 
 
-def ask_scores(query: Query, state: ServerState, client: Client, model: Mapping[str, Any]) -> bytes:
-    """Asks a client to measure importance of the server's model on its own examples."""
+def answer_to_another_version() -> bytes:
+    """A site's answer to a message of another version, from which the server learns the site's."""
+    return frame({"kind": "another version"})
+
+
+def ask_scores(query: Query, state: ServerState, client: Client, model: Mapping[str, Any], **more: Any) -> bytes:
+    """Asks a client to measure importance of the server's model on its own examples; `more` goes into the header."""
     task = Task(state.round, state.adapter, state.folded, "AB", LocalTraining(), None, query.seed)
-    asked = {key: value for key, value in asdict(query).items() if key != "cohort"}
-    return encode_task(task, client, query=asked, model=model).blob
+    asked = {key: value for key, value in asdict(query).items() if key not in ("cohort", "most")}
+    return encode_task(task, client, query=asked, model=model, **more).blob
 
 
 def decode_query(blob: bytes) -> tuple[Query, ServerState, dict[str, Any]]:
@@ -104,7 +113,7 @@ def decode_scores(blob: bytes, asked: bytes, layers: Adapter, client: Client) ->
     Raises:
         WireError: if they are not of the question, one for each layer, finite and not negative.
     """
-    header = _bare(blob, "scores", SMALL + sum(len(json.dumps(name)) + _PER_SCORE for name in layers.layers))
+    header = _bare(blob, "scores", _most_listed(layers))
     scores, examples = header.get("scores"), header.get("examples")
     if header.get("asked") != digest(asked):
         raise WireError("answers another question")
@@ -116,6 +125,35 @@ def decode_scores(blob: bytes, asked: bytes, layers: Adapter, client: Client) ->
         if type(value) not in (int, float) or not 0 <= value <= _MOST_SCORE:
             raise WireError(f"score of {name}: {shown(value)} is not a number from 0 to {_MOST_SCORE:.3g}")
     return scores, examples
+
+
+def encode_refusal(reason: str, asked: bytes) -> bytes:
+    """A client's answer to a question that it does not answer: why."""
+    return frame({"kind": "refusal", "asked": digest(asked), "reason": reason[:REASON]})
+
+
+def refusal_of(blob: bytes, asked: str) -> str | None:
+    """Why a client does not answer, fit to be shown; None where what it sends is something else.
+
+    Args:
+        blob: what it sends.
+        asked: digest of the question.
+    """
+    try:
+        header = _bare(blob, "refusal", SMALL)
+    except WireError:
+        return None
+    reason = header.get("reason")
+    return one_line(reason, REASON) if header.get("asked") == asked and isinstance(reason, str) else None
+
+
+def most_scores(layers: Adapter) -> int:
+    """The longest that an answer with a score for each layer may be, as it travels."""
+    return SMALL + _most_listed(layers)
+
+
+def _most_listed(layers: Adapter) -> int:
+    return SMALL + sum(len(json.dumps(name)) + _PER_SCORE for name in layers.layers)
 
 
 def _bare(blob: bytes, kind: str, most: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -12,11 +12,19 @@ Kind = Literal["profile", "fit", "measure"]
 
 
 class Reply(NamedTuple):
-    """What came for a message: bytes, or why there are none."""
+    """What came for a message: bytes, or why there are none.
+
+    Attributes:
+        message: that is answered.
+        blob: the answer.
+        error: why there is none.
+        refused: whether what came cannot be an answer, so that its sender need not be asked again.
+    """
 
     message: str
     blob: bytes | None
     error: str = ""
+    refused: bool = False
 
 
 class Post(Protocol):
@@ -30,6 +38,10 @@ class Post(Protocol):
         """Sends to clients that are connected; message -> client. It and its answer expire after `seconds`."""
         ...
 
-    def receive(self, messages: Collection[str]) -> Sequence[Reply]:
-        """What has come for these messages since the last time; does not wait."""
+    def receive(self, messages: Mapping[str, int]) -> Iterable[Reply]:
+        """What has come for these messages since the last time, one after another; does not wait.
+
+        Args:
+            messages: message -> most bytes that an answer may have. What has more is not read into memory.
+        """
         ...

@@ -116,7 +116,8 @@ class Simulator:
     def measure(self, query: Query, state: ServerState) -> dict[str, float]:
         """The importance that `query` asks for, of the state's model: on the hold-out, or on clients' own examples.
 
-            s = sum_k n_k s_k / sum_k n_k    over the clients that answer and have data; n_k is all that k holds
+            s = sum_k n_k s_k / sum_k n_k    over the clients that answer and have data
+            n_k is all that k holds, at most `Query.most`
 
         A client runs the server's whole adapter for it; what that costs it is on no record.
 
@@ -131,13 +132,14 @@ class Simulator:
                 raise ValueError("there is no hold-out to measure importance on: see data.importance")
             return measured(self.base, query, state, self.holdout, np.arange(len(self.holdout.labels)))
         total: dict[str, float] = {}
-        weight = 0
+        weight = 0.0
         for client in sorted(query.cohort):
             own = self.shares[client]
             if len(own) and self._answers(client, query.round):
                 found = measured(self.base, query, state, self.data, own, client)
-                total = {name: total.get(name, 0.0) + len(own) * score for name, score in found.items()}
-                weight += len(own)
+                counted = min(len(own), query.most)
+                total = {name: total.get(name, 0.0) + counted * score for name, score in found.items()}
+                weight += counted
         return {name: score / weight for name, score in total.items()}
 
     def _answers(self, client: Client, round_: int) -> bool:

@@ -2,8 +2,9 @@
 
     "PRNK"  version (1 byte)  length of the header (4 bytes)  header: deflated JSON  tensors: safetensors
 
-The header of a task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels
-without a list: what it must hold follows from the task it answers, to the byte, so it is compared with that first.
+Every header names the version of polyrank that made it: another version's message is read no further. The header of a
+task lists its tensors; the values follow in that order, flat, under one of `CODECS`. An update travels without a list:
+what it must hold follows from the task it answers, to the byte, so it is compared with that first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from polyrank.core.privacy import Privacy
 from polyrank.core.types import Client, LocalTraining, TailPenalty, Task, Update
 from polyrank.engines.encodings import CODECS, Encoding, relative_error
 from polyrank.files import from_json
+from polyrank.version import __version__
 
 _FRAME = struct.Struct(">4sBI")
 _MAGIC, _VERSION = b"PRNK", 1
@@ -44,7 +46,10 @@ _PER_RANK = 8
 _MOST_EXAMPLES = 2**53
 _LARGEST = sys.float_info.max
 
-_METRICS = {"loss", "steps", "seconds", "memory"}
+_METRICS = {"loss": 1e9, "steps": 2.0**53, "seconds": 1e9, "memory": 2.0**53}
+"""What a client may say of its training, and the most that it can be: 30 years, for example, and 8 PiB."""
+_MOST_ERROR = 1e9
+"""The most that an encoding can lose, relative to what it carries."""
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading values that may be anything can raise."""
@@ -52,6 +57,10 @@ BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 class WireError(ValueError):
     """A message that is not what it must be; says what is wrong with it."""
+
+
+class VersionError(WireError):
+    """A message of another version of polyrank."""
 
 
 class Sent(NamedTuple):
@@ -82,7 +91,8 @@ def digest(blob: bytes) -> str:
 
 def frame(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """One message from a header and flat tensors."""
-    packed = zlib.compress(json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), 9)
+    signed = {**header, "polyrank": __version__}
+    packed = zlib.compress(json.dumps(signed, separators=(",", ":"), allow_nan=False).encode(), 9)
     return _FRAME.pack(_MAGIC, _VERSION, len(packed)) + packed + (save(dict(tensors)) if tensors else b"")
 
 
@@ -90,6 +100,7 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
     """A message's header, of at most `most` bytes when unpacked, and the bytes of its tensors.
 
     Raises:
+        VersionError: if another version of polyrank has made it.
         WireError: if it is no such message.
     """
     if len(blob) < _FRAME.size:
@@ -108,7 +119,12 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
         header = from_json(text, parse_constant=_no_constant)
     except (zlib.error, ValueError) as error:
         raise WireError(f"its header cannot be read: {error}") from None
-    if not isinstance(header, dict) or header.get("kind") != kind:
+    if not isinstance(header, dict):
+        raise WireError(f"is no {kind}")
+    if (version := header.pop("polyrank", None)) != __version__:
+        theirs = "no stated version of polyrank" if version is None else f"polyrank {shown(version, 20)}"
+        raise VersionError(f"is of {theirs}, and this side has {__version__!r}: server and sites need the same version")
+    if header.get("kind") != kind:
         raise WireError(f"is no {kind}")
     return header, blob[start:]
 
@@ -150,17 +166,46 @@ def decode_task(blob: bytes) -> tuple[Task, dict[str, Any]]:
         found = iter(_read(body, header["encoding"], sizes))
         adapter, frozen = (_filled(part, found) for part in parts)
         penalty = None if header["penalty"] is None else TailPenalty(**header["penalty"])
-        local = LocalTraining(**header["local"])
+        local = local_of(header["local"])
         for key, valid in (("factors", ("A", "B", "AB")), ("reply", tuple(CODECS))):
             if header[key] not in valid:
                 raise WireError(f"{key}: {shown(header[key])} is none of {', '.join(valid)}")
         if not isinstance(header["client"], str):
             raise WireError(f"client: {shown(header['client'])} is not a name")
         round_, seed = _count(header["round"]), _count(header["seed"])
-        privacy = Privacy.of(header["privacy"])
+        privacy = privacy_of(header["privacy"])
         return Task(round_, adapter, frozen, header["factors"], local, penalty, seed, privacy), header
     except BROKEN as error:
         raise WireError(f"not a task: {str(error)[:300]}") from None
+
+
+def local_of(plain: Mapping[str, Any]) -> LocalTraining:
+    """How a client trains, as a message says it.
+
+    Raises:
+        WireError: if a count is none; others of `BROKEN` for what is no such mapping.
+    """
+    for name in ("epochs", "steps", "batch", "accumulate"):
+        count = plain[name]
+        if (type(count) is not int or not 1 <= count <= _MOST_EXAMPLES) and (name, count) != ("steps", None):
+            raise WireError(f"local.{name}: {shown(count)} is not a whole number from 1 to 2^53")
+    return LocalTraining(**plain)
+
+
+def privacy_of(plain: Mapping[str, Any]) -> Privacy:
+    """What is protected, as a message says it.
+
+    Raises:
+        WireError: if a number is none; others of `BROKEN` for what is no such mapping.
+    """
+    sections = {kind: plain[kind] and dict(plain[kind]) for kind in ("clients", "examples")}
+    for kind, section in sections.items():
+        if section is not None:
+            numbers = ("clip", "noise", "delta")
+            section |= {key: _number(section[key], f"privacy.{kind}.{key}") for key in numbers}
+            if section.get("where", "client") not in ("central", "client"):
+                raise WireError(f"privacy.{kind}.where: {shown(section['where'])} is none of central, client")
+    return Privacy.of(sections)
 
 
 def encode_update(update: Update, sent: Task, digest_: str, reply: Encoding = "float32") -> bytes:
@@ -222,10 +267,10 @@ def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, floa
     examples, metrics = _number(header.get("examples"), "examples"), header.get("metrics")
     if not 0 < examples <= _MOST_EXAMPLES:
         raise WireError(f"examples: {examples:g} must be more than 0 and at most 2^53")
-    if not isinstance(metrics, dict) or not metrics.keys() <= _METRICS:
+    if not isinstance(metrics, dict) or not metrics.keys() <= _METRICS.keys():
         names = shown(metrics) if not isinstance(metrics, dict) else ", ".join(sorted(metrics))[:200]
         raise WireError(f"metrics: {names}: not all are among {', '.join(sorted(_METRICS))}")
-    metrics = {name: _number(value, name) for name, value in metrics.items()}
+    metrics = {name: _number(value, f"metrics: {name}", most=_METRICS[name]) for name, value in metrics.items()}
     ranks = _ranks(task, header.get("ranks"))
     start, read = _at_ranks(task.adapter, ranks), _at_ranks(sent.read.adapter, ranks)
     values = _values(start, task.factors)
@@ -235,7 +280,8 @@ def decode_update(blob: bytes, sent: Sent, client: Client) -> tuple[Update, floa
     if not CODECS[sent.reply].exact or sent.read is not task:
         found = [x + y.flatten() for x, y in zip(found, values, strict=True)]
     adapter = _replaced(start, task.factors, found)
-    return Update(client, adapter, examples, task.factors, metrics), _number(header.get("error", 0.0), "error")
+    lost = _number(header.get("error", 0.0), "error", most=_MOST_ERROR)
+    return Update(client, adapter, examples, task.factors, metrics), lost
 
 
 def _ranks(task: Task, stated: Any) -> list[int]:
@@ -330,10 +376,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def _number(value: Any, what: str, least: float = 0.0) -> float:
+def _number(value: Any, what: str, least: float = 0.0, most: float = _LARGEST) -> float:
     # Comparing, unlike converting, takes integers of any length.
-    if type(value) not in (int, float) or not least <= value <= _LARGEST:
-        raise WireError(f"{what}: {shown(value)} is not a finite number from {least:g}")
+    if type(value) not in (int, float) or not least <= value <= most:
+        highest = f" to {most:g}" if most < _LARGEST else ""
+        raise WireError(f"{what}: {shown(value)} is not a finite number from {least:g}{highest}")
     return float(value)
 
 

@@ -5,6 +5,7 @@ Cheap checks come first: a wrong column or an impossible split is found before a
 
 from __future__ import annotations
 
+import hmac
 import logging
 import math
 from collections.abc import Mapping
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 
 from polyrank.core.architecture import ModelSpec
+from polyrank.core.costs import download_bytes
 from polyrank.core.method import Method
 from polyrank.core.rng import stream
 from polyrank.core.types import Client, Query, ServerState
 from polyrank.data import CausalSplit, warn_of_silent
+from polyrank.engines.announcement import Announcement, digest_of
 from polyrank.engines.audit import Audit
 from polyrank.engines.exchange import Remote
 from polyrank.engines.post import Post
@@ -28,7 +31,7 @@ from polyrank.engines.watched import Watched
 from polyrank.engines.workers import Workers
 from polyrank.experiment.config import ConfigError, Experiment
 from polyrank.experiment.language import Language, language
-from polyrank.experiment.machine import cache_memory, default_threads, pick_device, positions_for, workers
+from polyrank.experiment.machine import cache_memory, default_threads, operator, pick_device, positions_for, workers
 from polyrank.experiment.models import Split, load_base, preparer, prompting_of
 from polyrank.experiment.planning import (
     cautions,
@@ -39,6 +42,7 @@ from polyrank.experiment.planning import (
     from_config,
     group_budgets,
     notes_of,
+    planned_with,
     server_rank,
     unused_of,
 )
@@ -56,6 +60,7 @@ from polyrank.local.prefix import Prefixes
 from polyrank.local.probe import side_by_side
 from polyrank.local.quantized import check_quantization
 from polyrank.local.vocabulary import check_splits
+from polyrank.text import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -162,8 +167,15 @@ def _shared(experiment: Experiment, ground: _Ground, positions: int) -> int:
     return positions if reason is None else 0
 
 
-def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes) -> World:
+def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes, name: str = "") -> World:
     """Everything, with the clients on other machines; of the data, what the server itself holds is used.
+
+    Args:
+        experiment: what to build.
+        post: carries messages to clients.
+        audit: where all that arrives is noted.
+        secret: of the run.
+        name: of the run, which clients are told.
 
     Raises:
         ConfigError: for what needs the clients' data here.
@@ -173,7 +185,7 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
         raise ConfigError(f"baselines: {named}: need the clients' data, which stays with them")
     if experiment.evaluate.clients:
         raise ConfigError("evaluate.clients: needs the clients' data here, and it stays with them")
-    ground = _ground(experiment)
+    ground = _ground(experiment, remote=True)
     dataset, holdout = ground.shares.dataset, ground.splits.get("importance")
     kept = {"targets", "dtype", "attention", "quantize", "image_size", "max_length"}
     model = experiment.model.model_dump(include=kept) | {"kind": dataset.kind, "classes": list(dataset.classes)}
@@ -185,8 +197,29 @@ def build_server(experiment: Experiment, post: Post, audit: Audit, secret: bytes
             raise ConfigError("data.importance: missing; the server keeps no examples to measure importance on")
         return measured(ground.base, query, state, holdout, np.arange(len(holdout.labels)))
 
-    terms = experiment.terms()
-    return ground.world(experiment, Remote(post, model, ground.base.fingerprint(), terms, audit, measure, secret))
+    terms, run = experiment.terms(), announced(experiment, ground, model, secret, name)
+    local = experiment.local_training()
+    plannable = partial(planned_with, rank=ground.rank, method=ground.method, spec=ground.spec, local=local)
+    base = ground.base.fingerprint()
+    return ground.world(experiment, Remote(post, model, base, terms, audit, measure, secret, run, plannable))
+
+
+def announced(
+    experiment: Experiment, ground: _Ground, model: Mapping[str, Any], secret: bytes, name: str
+) -> Announcement:
+    """What clients are told of a run before they take part in it."""
+    ranks = {module: min(ground.rank, *shape) for module, shape in ground.spec.modules.items()}
+    return Announcement(
+        name=one_line(name, 100),
+        method=one_line(experiment.label, 100),
+        by=one_line(operator(), 100),
+        rounds=experiment.rounds,
+        local=experiment.local_training(),
+        privacy=experiment.protection(),
+        nbytes=download_bytes(ground.spec, ranks),
+        model=digest_of(model),
+        mark=hmac.new(secret, b"announcement", "sha256").hexdigest()[:32],
+    )
 
 
 @dataclass(frozen=True)
@@ -214,7 +247,7 @@ class _Ground:
         return World(self.base, spec, rank, clients, method, splits, held_out, classes, start, info, *said)
 
 
-def _ground(experiment: Experiment) -> _Ground:
+def _ground(experiment: Experiment, *, remote: bool = False) -> _Ground:
     """All but the clients, in an order in which cheap mistakes surface first."""
     torch.set_num_threads(experiment.threads or default_threads())
     method = experiment.build_method()
@@ -231,7 +264,7 @@ def _ground(experiment: Experiment) -> _Ground:
     unknown = check_start(experiment, method, planned.modules, rank, empty.info)
     for caution in unknown + cautions(empty, experiment.model.export):
         _log.warning("%s", caution)
-    shares = share_data(experiment)
+    shares = share_data(experiment, remote=remote)
     dataset, device = shares.dataset, pick_device(experiment.device)
     base = load_base(experiment.model, dataset.kind, dataset.classes, device, stream(experiment.seed, "head"))
     if experiment.local.pack:

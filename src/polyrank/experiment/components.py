@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import or_
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -96,8 +96,14 @@ def union_of(models: Iterable[type[Strict]], unnamed: type[Strict] | None = None
 
 def table_type(table: Mapping[str, Callable[..., Any]], own: str | None = None) -> Any:
     """Any entry of a table, with its options; to the JSON schema, one without a name is `own`."""
-    entries = [entry_model(name, function) for name, function in table.items()]
-    return union_of(entries, None if own is None else entry_model(own, table[own], named=False))
+    entries = [_entry(name, function) for name, function in table.items()]
+    return union_of(entries, None if own is None else _entry(own, table[own], named=False))
+
+
+@cache
+def _entry(name: str, function: Callable[..., Any], named: bool = True) -> type[Strict]:
+    """One schema of an entry, however many tables it is in: making it takes milliseconds."""
+    return entry_model(name, function, named=named)
 
 
 def bind(table: Mapping[str, Callable[..., Any]], chosen: BaseModel) -> Callable[..., Any]:

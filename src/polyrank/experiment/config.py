@@ -30,6 +30,7 @@ from polyrank.experiment.components import (
 from polyrank.experiment.privacy import check_privacy
 from polyrank.experiment.questions import ChoicesConfig, GenerateConfig
 from polyrank.experiment.tables import DATASETS, LOGGERS, METHODS, PARTITIONERS, SLOTS
+from polyrank.experiment.trust import TrustConfig, check_trust, gate_of, written_out
 from polyrank.experiment.units import CacheMemory, Flops, FreeMemory, Memory, Share, Speed
 
 _Rounds = Annotated[int, Field(ge=1, le=100_000, strict=True)]
@@ -268,8 +269,6 @@ LocalConfig: Any = create_model(
 DeploymentConfig: Any = create_model(
     "DeploymentConfig", __base__=Strict, __doc__=Terms.__doc__, **parameters(Terms, keyword_only=False)
 )
-_GATE = parameters(Gate, keyword_only=False) | {"reach": (bool, True)}
-TrustConfig: Any = create_model("TrustConfig", __base__=Strict, __doc__=Gate.__doc__, **_GATE)
 
 
 class Experiment(Strict):
@@ -324,10 +323,8 @@ class Experiment(Strict):
             raise ValueError(f"baselines: {', '.join(self.baselines)}: of a federated run, not of regime {self.regime}")
         protection = self.protection()
         check_privacy(protection, self.build_method(), self.local_training())
-        self.gate()
         self.terms()
-        if self.trust.norm is not None and protection.on_server is not None:
-            raise ValueError("trust.norm: not with privacy.clients: what one client sends would decide who else counts")
+        check_trust(self.trust, protection)
         return self
 
     @property
@@ -343,10 +340,14 @@ class Experiment(Strict):
         """How a server waits for its clients."""
         return Terms(**self.deployment.model_dump())
 
-    def gate(self) -> Gate:
-        """What an update must satisfy; where anything is protected, noise reaches where no optimizer does."""
-        trust = Gate(**self.trust.model_dump())
-        return replace(trust, reach=False) if self.protection() else trust
+    def trusting(self) -> Experiment:
+        """The experiment with what its server believes of clients on other machines written out."""
+        trust = written_out(self.trust, self.protection(), remote=True)
+        return self.model_copy(update={"trust": trust})
+
+    def gate(self, *, remote: bool = False) -> Gate:
+        """What an update must satisfy, of clients in this process or on other machines."""
+        return gate_of(self.trust, self.protection(), remote=remote)
 
     def protection(self) -> Privacy:
         """What is protected, and how."""

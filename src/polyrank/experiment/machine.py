@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import math
 import os
+import socket
 from dataclasses import replace
 from typing import Literal
 
@@ -20,8 +22,10 @@ from polyrank.local.measure import device_memory
 from polyrank.local.optimizer import precision_on
 
 
-def on_this_machine(experiment: Experiment) -> Experiment:
+def on_this_machine(experiment: Experiment, *, remote: bool = False) -> Experiment:
     """The experiment with all decided that its file leaves to the machine: a resumed run computes as it began.
+
+    Where clients are `remote`, so is what their server believes of them: the same file then simulates the same run.
 
     The cost model then knows whether activations are bfloat16, which ``auto`` leaves to the device. Loggers that the
     file names are found to be installed; ``log: auto`` stays, as what is installed may differ where the run goes on.
@@ -37,7 +41,17 @@ def on_this_machine(experiment: Experiment) -> Experiment:
     chosen = {"cache": cache_memory(experiment), "workers": workers(experiment)}
     simulation = experiment.simulation.model_copy(update=chosen)
     decided = {"device": device, "threads": threads, "local": local, "simulation": simulation}
-    return experiment.model_copy(update=decided)
+    decided_here = experiment.model_copy(update=decided)
+    return decided_here.trusting() if remote else decided_here
+
+
+def operator() -> str:
+    """Who runs this process, and where: ``user@host``."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a user without a name, as in some containers
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def cache_memory(experiment: Experiment) -> float | Literal["off"]:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from polyrank.core.architecture import Calibration, ModelSpec
 from polyrank.core.costs import FAMILIES, NoFormulaError
 from polyrank.core.method import Method
-from polyrank.core.types import Budget, ClientProfile
+from polyrank.core.types import Budget, ClientProfile, LocalTraining
 from polyrank.data import Outline, outline
 from polyrank.data.source import Kind
 from polyrank.experiment.components import Strict, parameters
@@ -247,6 +247,35 @@ def server_rank(experiment: Experiment, budgets: list[Budget]) -> int:
     if not largest:
         raise ConfigError("fleet: no client can afford rank 1. " + "; ".join(map(helps, budgets)))
     return given
+
+
+def planned_with(
+    profile: ClientProfile, rank: int, method: Method, spec: ModelSpec, local: LocalTraining
+) -> ClientProfile:
+    """What a client on another machine is planned with, of what it states: its rank is at most the server's.
+
+    Looked at alone, so that no client decides whether the others can be planned with.
+
+    Raises:
+        ValueError: if it states a rank that no module can have, or nothing that a rank follows from, or cannot afford
+            rank 1; saying which.
+    """
+    most = spec.full_rank
+    if profile.rank is not None and not 1 <= profile.rank <= most:
+        raise ValueError(
+            f"rank: {profile.rank} is stated, and must be from 1 to {most}, the largest that a module has room for"
+        )
+    held = replace(profile, rank=None if profile.rank is None else min(profile.rank, rank))
+    try:
+        budget = method.estimate({"it": held}, spec, local)["it"]
+    except ValueError as error:
+        reason = str(error).removeprefix("client 'it' ")
+        raise ValueError(f"{reason}; a site states this in its site.yaml") from None
+    if not budget.total and any(not limit.rank for limit in budget.limits):
+        limit = next(limit for limit in budget.limits if not limit.rank)
+        need = "" if limit.more is None else f", and it takes {limit.more:.3g}"
+        raise ValueError(f"cannot afford rank 1: {limit.name}: has {limit.have or 0:.3g} {limit.unit}{need}")
+    return held
 
 
 def helps(budget: Budget) -> str:

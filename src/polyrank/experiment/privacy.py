@@ -12,7 +12,7 @@ from polyrank.core.types import Client, ClientProfile, LocalTraining
 from polyrank.experiment.components import describe
 from polyrank.experiment.tables import SLOTS
 from polyrank.local.dp import Part, epsilon
-from polyrank.local.dpsgd import rate, steps
+from polyrank.local.poisson import rate, steps
 
 LINEAR = {"fedit": ("size", "uniform"), "hetlora": ("size", "uniform"), "rbla": ("size",)}
 """Rules that are linear in the factors, and under which weights; clients that are protected are all of one size."""

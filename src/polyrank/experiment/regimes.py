@@ -91,7 +91,7 @@ def _federated(experiment: Experiment, world: World, state: ServerState) -> Iter
         device=e.device if e.device.startswith("cuda") else None,  # others have no float64, or are the CPU
         seed=e.seed,
         measure=world.clients.measure,
-        gate=e.gate(),
+        gate=e.gate(remote=remote is not None),
         privacy=e.protection(),
         secret=remote is not None,
     )

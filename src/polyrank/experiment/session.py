@@ -75,6 +75,7 @@ class Session:
             record = self._asked(record, state)
             seconds = time.monotonic() - started
             if remote:
+                record = replace(record, refused={**remote.left_out(), **record.refused})
                 remote.settle(record)
             self.run.append(record, seconds)
             self.records.append(asdict(record))

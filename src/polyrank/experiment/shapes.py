@@ -67,6 +67,7 @@ class Round(TypedDict, total=False):
     metrics: Numbers | None
     dropped: list[str] | None
     refused: dict[str, str] | None
+    bounded: dict[str, str] | None
     examples: dict[str, float] | None
     predicted_memory: dict[str, float] | None
     aggregation_error: Number

@@ -71,16 +71,27 @@ class Shares:
         return np.minimum(np.maximum(np.round(self.kept * sizes), 1 if self.kept else 0), sizes - 1).clip(0).astype(int)
 
 
-def share_data(experiment: Experiment) -> Shares:
+def share_data(experiment: Experiment, *, remote: bool = False) -> Shares:
     """Loads the data set, holds out validation, and splits the training data among the clients.
 
     What the server keeps to measure importance on is set apart first.
 
     Every step draws from its own stream of the seed alone, so every method of a comparison sees the same split.
+
+    Args:
+        experiment: with the data.
+        remote: whether clients are on other machines; then there need not be training data here.
+
+    Raises:
+        ConfigError: if there is no training data, and clients are here.
     """
     config, seed = experiment.data, experiment.seed
     options = {key: getattr(config, key) for key in parameters(DATASETS[config.name])}
     dataset = DATASETS[config.name](**options)
+    if not len(dataset.train):
+        if not remote:
+            raise ConfigError("data.train: missing: clients of a simulation train on it; a deployment's have their own")
+        return _of_server(dataset, experiment)
     _check_classes(dataset, listed=options.get("classes", True) is not None)
     dataset = hold_out(dataset, config.hold_out, stream(seed, "hold-out"))
     dataset = limit(dataset, config.limit, stream(seed, "limit"))
@@ -95,6 +106,15 @@ def share_data(experiment: Experiment) -> Shares:
     names = Numbered(len(partition)) if partition.names is None else Named(partition.names)
     evaluated = experiment.evaluate
     return Shares(dataset, partition, names, evaluated.client_hold_out if evaluated.clients else 0.0, seed)
+
+
+def _of_server(dataset: Dataset, experiment: Experiment) -> Shares:
+    """What a server holds whose clients are elsewhere, and have all of the training data."""
+    if kept_for_importance(experiment):
+        raise ConfigError("data.importance: examples to measure it on are taken from data.train, which is missing")
+    dataset = limit(dataset, experiment.data.limit, stream(experiment.seed, "limit"))
+    nobody = Partition(np.empty(0, np.int64), np.zeros(1, np.int64))
+    return Shares(dataset, nobody, Named(()), 0.0, experiment.seed)
 
 
 def _check_classes(dataset: Dataset, listed: bool) -> None:

@@ -103,6 +103,8 @@ class Run:
     def append(self, record: RoundRecord, wall_seconds: float) -> None:
         """One line per file. A record may outlive its round's checkpoint; `restore` drops it then."""
         plain = asdict(record)
+        if not record.bounded:
+            del plain["bounded"]
         measured = {
             "round": record.round,
             "wall_seconds": round(wall_seconds, 3),

@@ -59,3 +59,6 @@ Flops = Annotated[float, _quantity(_FLOPS, "10 TFLOP/s")]
 
 Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=float | str), Field(gt=0, le=1)]
 """A part of a whole."""
+
+Multiple = Annotated[float, Field(ge=1)] | Literal["auto", "off"]
+"""So many times what is usual, no bound, or a bound where clients are on other machines."""

@@ -55,7 +55,8 @@ def _orders() -> list[float]:
 def _divergences(multiplier: float, rate: float) -> np.ndarray:
     """Renyi divergences of one step, by order: they add up over steps."""
     analysis = require_opacus().accountants.analysis.rdp
-    return np.asarray(analysis.compute_rdp(q=rate, noise_multiplier=multiplier, steps=1, orders=_orders()))
+    found = np.asarray(analysis.compute_rdp(q=rate, noise_multiplier=multiplier, steps=1, orders=_orders()))
+    return np.maximum(found, 0.0)  # which rounding may miss, where there is much noise
 
 
 def private_optimizer(

@@ -6,17 +6,15 @@ the gradient of each example in its copy; Opacus' optimizer does the rest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from polyrank.core.lowrank import Adapter, LowRank
 from polyrank.core.noise import Noise
 from polyrank.core.privacy import ExamplePrivacy
-from polyrank.core.types import LocalTraining, Task
+from polyrank.core.types import Task
 from polyrank.errors import InputError, TrainingError
 from polyrank.local.attach import Attachment, Masks, hooked, leaf, on_device
 from polyrank.local.base import Base
@@ -26,6 +24,7 @@ from polyrank.local.heads import owners, stackable
 from polyrank.local.lokr import is_part
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.optimizer import autocast, optimizer_of
+from polyrank.local.poisson import rate
 from polyrank.local.probe import side_by_side
 
 ELEMENTS = 2**26
@@ -34,22 +33,16 @@ ELEMENTS = 2**26
 Key = tuple[str, str]
 
 
-def rate(local: LocalTraining, examples: int) -> float:
-    """The probability that an example is in a step's sample, such that ``batch * accumulate`` are, in the mean."""
-    return min(1.0, local.batch * local.accumulate / examples)
+def pass_bytes(task: Task, batch: int) -> float:
+    """Bytes of the copies of what a client trains, and of their gradients, for the examples of a forward pass."""
+    trained = [getattr(x, factor) for x in task.adapter.layers.values() for factor in task.factors]
+    elements = sum(tensor.numel() for tensor in (*trained, *task.adapter.dense.values()))
+    return 8.0 * elements * _most(batch, elements)
 
 
-def steps(local: LocalTraining, examples: int) -> int:
-    """Optimizer steps of a round; none without examples."""
-    if not examples:
-        return 0
-    return local.steps if local.steps is not None else local.epochs * math.ceil(1 / rate(local, examples))
-
-
-def poisson(indices: Indices, local: LocalTraining, rng: np.random.Generator) -> list[Indices]:
-    """The samples of a round's steps: every example is in each, or not, by a draw of its own."""
-    count = steps(local, len(indices))
-    return [indices[rng.random(len(indices)) < rate(local, len(indices))] for _ in range(count)]
+def _most(batch: int, elements: int) -> int:
+    """Examples of a forward pass."""
+    return max(1, min(batch, ELEMENTS // max(elements, 1)))
 
 
 def refuse_unsound(base: Base, dense: Iterable[str]) -> None:
@@ -121,7 +114,7 @@ def _run(
 ) -> None:
     inner = optimizer_of(list(trained.tensors.values()), trained.task.local)
     optimizer = private_optimizer(inner, settings, expected, noise)
-    most = max(1, min(trained.most, ELEMENTS // sum(map(torch.numel, trained.tensors.values()))))
+    most = _most(trained.most, sum(map(torch.numel, trained.tensors.values())))
     for sample in samples:
         parts = [sample[at : at + most] for at in range(0, len(sample), most)] or [sample]
         for part in parts:
@@ -131,6 +124,17 @@ def _run(
             optimizer.signal_skip_step(part is not parts[-1])  # all but the last are clipped and summed only
             optimizer.step()
         optimizer.zero_grad()
+
+
+def _whole(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients in which an example counts as none where its own is not finite.
+
+    No noise covers an update that fails: a server could send weights under which one example alone makes it fail.
+    """
+    finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in gradients]).all(0)
+    if bool(finite.all()):
+        return gradients
+    return [torch.where(finite.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)) for g in gradients]
 
 
 class _Trained:
@@ -181,7 +185,7 @@ class _Trained:
             scored = [self.live(batch)]
         each = losses(scored.pop(), batch["labels"])
         (each / torch.from_numpy(data.targets[chosen]).to(each).clamp(min=1)).sum().backward()
-        return [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
+        return _whole([torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies])
 
     def adapter(self) -> Adapter:
         """As it is now, on the CPU. A factor that was not trained is what was sent."""

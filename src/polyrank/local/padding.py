@@ -34,11 +34,11 @@ def filled_up(base: Base, splits: Mapping[str, Split], width: int) -> dict[str, 
 
     Args:
         base: the model.
-        splits: the first one asks.
+        splits: the first one that has texts asks.
         width: positions of the longest text there can be.
     """
-    asking = next(iter(splits.values()))
-    if isinstance(asking, ImageSplit) or not len(asking):
+    asking = next((split for split in splits.values() if len(split)), None)
+    if asking is None or isinstance(asking, ImageSplit):
         return dict(splits)
     padding = padding_of(base, asking, width)
     if padding.side == "left":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
-from polyrank.files import from_json
+from polyrank.files import check_characters, from_json
 from polyrank.local.patterns import check_patterns, is_literal
 
 CONFIG = "adapter_config.json"
@@ -250,7 +250,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: has more than {MOST_BYTES:,} bytes, which no {path.name} needs")
     check_pointer(path, data)
     try:
-        value = from_json(data.decode("utf-8-sig"), parse_constant=_constant, object_pairs_hook=_once)
+        text = data.decode("utf-8-sig")
+        value = from_json(text, parse_constant=_constant, object_pairs_hook=_once)
+        check_characters(value, text)
     except UnicodeError as error:
         raise AdapterError(f"{path}: not text in UTF-8: {error}") from None
     except ValueError as error:

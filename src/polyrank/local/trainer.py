@@ -22,11 +22,12 @@ from polyrank.local.attach import Attachment
 from polyrank.local.base import Base
 from polyrank.local.cohort import Cohort, Job
 from polyrank.local.data import Examples, Indices, Packable, shuffled
-from polyrank.local.dpsgd import poisson, train_privately
+from polyrank.local.dpsgd import train_privately
 from polyrank.local.losses import asked_alone, losses
 from polyrank.local.measure import Meter
 from polyrank.local.optimizer import autocast
 from polyrank.local.packing import rows_of
+from polyrank.local.poisson import poisson
 from polyrank.local.prefix import Prefix, resumed
 
 

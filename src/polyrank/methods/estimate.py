@@ -246,7 +246,7 @@ def _links(
         if speed is None or seconds is None:
             return None
         limit = _limit(name, "bit/s", speed, spec.full_rank, lambda rank: 8 * size(spec.at(rank)) / seconds)
-        if limit.rank or limit.more is None:
+        if limit.rank or limit.more is None or not speed:
             return limit
         return replace(limit, advice=(f"{limit.more * seconds / speed:.3g} seconds for the {name} of rank 1",))
 

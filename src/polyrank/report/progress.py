@@ -57,6 +57,7 @@ class Progress:
         self.seconds: list[float] = []
         self.current: _Current | None = None
         self.live: Live | None = None
+        self.remarked: set[tuple[str, str]] = set()
 
     @contextmanager
     def shown(self) -> Iterator[Progress]:
@@ -82,7 +83,7 @@ class Progress:
         self.current = now
 
     def add(self, record: Mapping[str, Any], seconds: float | None) -> None:
-        """One more round, and its seconds where they are known."""
+        """One more round, and its seconds where they are known. Whom the server does not believe is named once."""
         self.seconds += [] if seconds is None else [seconds]
         self.done, self.current = record["round"] + 1, _Current()
         up, down, metrics = (record.get(key) or {} for key in ("bytes_up", "bytes_down", "metrics"))
@@ -103,6 +104,14 @@ class Progress:
             self.live.refresh()
         else:
             self.note("  ".join(f"{name} {value}" for name, value in row.items()))
+        self._remark(record)
+
+    def _remark(self, record: Mapping[str, Any]) -> None:
+        for key, words in (("refused", "not used"), ("bounded", "counts as less")):
+            for client, reason in (record.get(key) or {}).items():
+                if (key, client) not in self.remarked and not self.silent:
+                    self.remarked.add((key, client))
+                    self.console.say(f"{client}: {words} in round {self.done}: {reason}")
 
     def began(self, ago: float) -> None:
         """The round in progress began so many seconds ago, where it did not with the end of the one before."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from html import escape
 
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but tabs and line feeds
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of the text around
-    "\u2028\u2029\ufeff\ud800-\udfff]"  # separators, byte-order marks, and bytes of a path that are no UTF-8
-)
+from polyrank.text import one_line as one_line
+from polyrank.text import visible as visible
+
 _MARKDOWN = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)")
 _ENTITY = re.compile(r"[<>&~$]")  # no Markdown takes these for more than a letter
 _LATEX = {
@@ -20,28 +18,6 @@ _LATEX = {
     "·": r"$\cdot$",
 }
 _LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-
-
-def visible(text: str) -> str:
-    r"""Text in which what would act on a terminal, or turn text around, stands as its escape.
-
-    >>> visible("ward\x1b[31m")
-    'ward\\x1b[31m'
-    """
-    return _INVISIBLE.sub(lambda sign: _escape(sign[0]), text)
-
-
-def one_line(text: str) -> str:
-    r"""`visible` text on one line.
-
-    >>> one_line("two\nlines")
-    'two\\nlines'
-    """
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def _escape(sign: str) -> str:
-    return {"\r": "\\r"}.get(sign, f"\\x{ord(sign):02x}" if ord(sign) < 256 else f"\\u{ord(sign):04x}")
 
 
 def markdown(text: str) -> str:
