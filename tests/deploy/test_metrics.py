@@ -225,7 +225,7 @@ def test_the_port_is_the_settings(made: Deployment, tmp_path: Path) -> None:
     (service,) = [each for each in operate.services(made, False) if each.name == "metrics"]
     assert list(service.command[1:]) == ["deploy", "metrics", str(made.folder)]
     without = init(tmp_path / "without", ["a"], ["h"])
-    assert [each.name for each in operate.services(without, False)] == ["superlink", "superexec"]
+    assert [each.name for each in operate.services(without, False)] == ["superlink", "superexec", "registrar"]
     with pytest.raises(DeployError, match="metrics_port: missing"):
         serve(without)
     port = made.settings.metrics_port
