@@ -145,7 +145,7 @@ def test_the_nodes_and_the_database_are_those_of_one_moment(made: Deployment, tm
     thread = threading.Thread(target=backup, args=(made, tmp_path / "server.tar"))
     with registry.locked(made):
         thread.start()
-        soon(lambda: any(tmp_path.glob(".server.tar.*")))
+        soon(lambda: any(tmp_path.glob("*server.tar*")))
         thread.join(0.5)
         with closing(sqlite3.connect(made.folder / "state" / "superlink.db")) as database:
             database.execute("INSERT INTO node (half) VALUES (7)")
