@@ -370,8 +370,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("federation") / "fed"
     ports = ["--port", "1", "--superlink-port", "2", "--listen", "127.0.0.1"]
     called("deploy", "init", folder, "--host", "127.0.0.1", "--names", "a,b", *ports)
-    (folder / "state").mkdir(exist_ok=True)
-    (folder / "state" / "nodes.json").write_text(json.dumps({"a": "12", "b": "13"}))
+    asked = {"--out": folder / "asked", "--federation": json.loads((folder / "deploy.json").read_text())["federation"]}
+    called("deploy", "request", "c", *(part for pair in asked.items() for part in pair))
     (folder / "state" / "runs.jsonl").write_text('{"id": "1", "folder": "/x"}\n{"id": "2", "folder": "/y"}\n')
     site = {"model": "digits-vit", "rehearse": {"experiment": "../../../e.yaml", "client": "client_0"}, "rank": 2}
     for name in ("a", "b"):
@@ -382,9 +382,12 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DEPLOY: tuple[Command, ...] = (
     lambda fed: ["status", fed / "nodes/a"],
     lambda fed: ["logs", fed],
-    lambda fed: ["add", fed, "c"],
+    lambda fed: ["add", fed, fed / "asked/request.json", "--fingerprint", "SHA256:x"],
+    lambda fed: ["request", "a", "--out", fed / "nodes/a", "--rotate"],
+    lambda fed: ["accept", fed / "nodes/a", fed / "answers/a.json"],
     lambda fed: ["remove", fed, "a"],
     lambda fed: ["renew", fed],
+    lambda fed: ["renew", fed, "--authority", "new"],
     lambda fed: ["down", fed],
     lambda fed: ["join", fed / "nodes/a", "--data", "nowhere"],
 )

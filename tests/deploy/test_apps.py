@@ -238,7 +238,7 @@ def test_a_site_that_words_prompts_in_another_way_is_refused(tmp_path: Path, own
 
 
 def test_a_site_that_states_nothing_to_plan_with_is_left_out_and_named(tmp_path: Path) -> None:
-    """As the site.yaml that `polyrank deploy init` writes, in which resources are left to the operator."""
+    """As the site.yaml that `polyrank deploy request` writes, in which resources are left to the operator."""
     chosen = talking.experiment(tmp_path) | {"method": {"name": "fedit"}}
     sites = talking_sites(tmp_path / "sites", chosen)
     silent = yaml.safe_load(sites["client_1"].read_text())

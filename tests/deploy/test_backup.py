@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
 from polyrank.cli import app
-from polyrank.deploy import operate, supervise
+from polyrank.deploy import operate, registry, supervise
 from polyrank.deploy.backup import backup, restore
 from polyrank.deploy.follow import submitted
 from polyrank.deploy.layout import DeployError, Deployment, nginx
 from polyrank.deploy.provision import init
+from polyrank.deploy.renewal import drop_authority, new_authority, use_authority
 
 from .conftest import TOY
 from .test_runs import soon
@@ -40,6 +41,7 @@ def call(*arguments: object) -> Result:
 def made(tmp_path: Path) -> Deployment:
     """A server's folder with a database in the mode of Flower's, a run inside, and one elsewhere."""
     found = init(tmp_path / "server", ["north", "south"], ["localhost"], port=0, superlink_port=0, listen="127.0.0.1")
+    new_authority(found)  # of which sites are told, while the one before is trusted as well
     run = found.folder / "runs" / "first"
     (run / "state").mkdir(parents=True)
     for name in ("state/checkpoint.safetensors", "rounds.jsonl", "experiment.yaml", "audit.jsonl"):
@@ -104,7 +106,7 @@ def test_a_backup_is_whole_while_the_database_is_written_to(made: Deployment, tm
     made_anew = {"nginx.conf", "README.md", "state/runs.jsonl"}
     for path, content in kept.items():
         name = str(path.relative_to(made.folder))
-        if name.split("/")[0] in ("nodes", "logs", "models", "run") or name.endswith(".tmp"):
+        if name.split("/")[0] in ("nodes", "logs", "models", "run") or name.endswith((".tmp", ".lock")):
             assert not (moved.folder / name).exists()
         elif name not in made_anew and not name.startswith("systemd/"):
             assert (moved.folder / name).read_bytes() == content, name
@@ -121,7 +123,42 @@ def test_what_is_restored_names_its_own_place(made: Deployment, tmp_path: Path) 
     assert moved.settings == made.settings
     command = [nginx(), "-t", "-p", str(moved.run), "-c", str(moved.folder / "nginx.conf")]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert [service.name for service in operate.services(moved, True)] == ["superlink", "superexec", "gateway"]
+    assert [service.name for service in operate.services(moved, True)] == [
+        "superlink",
+        "superexec",
+        "registrar",
+        "gateway",
+    ]
+
+
+def test_a_change_of_the_authority_goes_on_where_it_is_restored(made: Deployment, tmp_path: Path) -> None:
+    backup(made, tmp_path / "server.tar")
+    restore(tmp_path / "server.tar", tmp_path / "moved")
+    moved = Deployment.open(tmp_path / "moved")
+    assert (registry.read(moved), moved.settings.federation) == (registry.read(made), made.settings.federation)
+    use_authority(moved)
+    assert [path.name for path in drop_authority(moved)] == ["north.json", "south.json"]
+
+
+def test_the_nodes_and_the_database_are_those_of_one_moment(made: Deployment, tmp_path: Path) -> None:
+    """A node that Flower knows and the registry does not, or the other way round, would be refused for ever."""
+    thread = threading.Thread(target=backup, args=(made, tmp_path / "server.tar"))
+    with registry.locked(made):
+        thread.start()
+        soon(lambda: any(tmp_path.glob("*server.tar*")))
+        thread.join(0.5)
+        with closing(sqlite3.connect(made.folder / "state" / "superlink.db")) as database:
+            database.execute("INSERT INTO node (half) VALUES (7)")
+            database.commit()
+        book = registry.read(made)
+        book["nodes"]["north"]["id"] = "7"
+        registry.write(made, book)
+    thread.join()
+    restore(tmp_path / "server.tar", tmp_path / "moved")
+    moved = Deployment.open(tmp_path / "moved")
+    assert operate.node_ids(moved) == {"north": "7"}
+    with closing(sqlite3.connect(moved.folder / "state" / "superlink.db")) as database:
+        assert database.execute("SELECT half FROM node").fetchall() == [(7,)]
 
 
 def test_checkpoints_are_copied_before_the_records_that_may_be_ahead(made: Deployment, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from prometheus_client import parser
 
 from polyrank.cli import app
 from polyrank.core.types import RoundRecord
-from polyrank.deploy import operate
+from polyrank.deploy import operate, registry
+from polyrank.deploy.certificates import node_keys
+from polyrank.deploy.enrolment import signed
 from polyrank.deploy.exposition import Family, exposition, server
-from polyrank.deploy.layout import DeployError, Deployment
+from polyrank.deploy.layout import DeployError, Deployment, write_private
 from polyrank.deploy.metrics import Metrics, kind_of, serve
-from polyrank.deploy.provision import init
+from polyrank.deploy.provision import add, init
+from polyrank.deploy.renewal import new_authority
 from polyrank.engines.audit import Audit
 from polyrank.experiment.loading import parse
 from polyrank.experiment.store import Run
@@ -99,6 +104,7 @@ def test_a_page_has_what_happened(made: Deployment, run: Run) -> None:
     assert of(values, "polyrank_site_connected", site="south") == 0
     assert of(values, "polyrank_superlink_up") == 0  # nobody has started it
     assert 364 < of(values, "polyrank_certificate_days", certificate="server") < 365
+    assert 364 < of(values, "polyrank_site_key_days", site="north") < 365
     assert of(values, "polyrank_disk_free_bytes", folder=str(made.folder)) > 0
     (info,) = [dict(labels) for name, labels in values if name == "polyrank_info"]
     assert set(info) == {"version", "python", "torch", "flwr"}
@@ -126,6 +132,27 @@ def test_what_is_added_is_counted_and_what_flower_does_not_say_stays(made: Deplo
     assert of(values, "polyrank_answers_total", run=name, outcome="failed") == before + 2
     assert of(values, "polyrank_sites_connected") == 1
     assert of(values, "polyrank_run_active", run=name) == 0
+
+
+def test_sites_that_come_and_go_and_their_keys_are_told(made: Deployment, tmp_path: Path) -> None:
+    new_authority(made)
+    now = datetime.now(UTC)
+    for days in (2, 1):  # two keys of `east`, one after the other, have ended
+        shutil.rmtree(tmp_path / "east", ignore_errors=True)
+        private, _ = node_keys("east")
+        path = tmp_path / "east" / "request.json"
+        since = now - timedelta(days=days, hours=12)
+        write_private(path, signed(private, "east", made.settings.federation, 1, since))
+        add(made, path, now=since)
+        with registry.changing(made) as book:
+            assert registry.expire(book, since + timedelta(days=1)) == ["east"]
+    operate.remove(made, "south")
+    values = parsed(Metrics(made, lambda deployment: ({"north": "online"}, {})).page())
+    assert of(values, "polyrank_sites_known") == 1
+    assert of(values, "polyrank_site_key_days", site="east") == pytest.approx(-0.5, abs=0.01)
+    certificates = {dict(labels)["certificate"] for name, labels in values if name == "polyrank_certificate_days"}
+    assert certificates == {"server", "authority 1", "authority 2"}
+    assert {dict(labels)["site"] for name, labels in values if name == "polyrank_site_key_days"} == {"north", "east"}
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(made: Deployment, run: Run, tmp_path: Path) -> None:
@@ -198,7 +225,7 @@ def test_the_port_is_the_settings(made: Deployment, tmp_path: Path) -> None:
     (service,) = [each for each in operate.services(made, False) if each.name == "metrics"]
     assert list(service.command[1:]) == ["deploy", "metrics", str(made.folder)]
     without = init(tmp_path / "without", ["a"], ["h"])
-    assert [each.name for each in operate.services(without, False)] == ["superlink", "superexec"]
+    assert [each.name for each in operate.services(without, False)] == ["superlink", "superexec", "registrar"]
     with pytest.raises(DeployError, match="metrics_port: missing"):
         serve(without)
     port = made.settings.metrics_port

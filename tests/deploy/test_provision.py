@@ -12,9 +12,9 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 
-from polyrank.deploy import certificates
+from polyrank.deploy import registry
 from polyrank.deploy.layout import DeployError, Deployment, Node, nginx
-from polyrank.deploy.provision import add, init, renew
+from polyrank.deploy.provision import init
 
 NAMES = ("north", "south_2", "Site-3")
 SECRETS = ("ca/ca.key", "server/server.key", "server/superexec.secret", *(f"nodes/{name}/node.key" for name in NAMES))
@@ -32,7 +32,7 @@ def test_only_its_owner_may_read_anything(made: Deployment) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_what_is_handed_over_holds_one_secret(made: Deployment) -> None:
+def test_a_rehearsal_s_site_holds_one_secret_and_no_answer_holds_any(made: Deployment) -> None:
     for name in NAMES:
         folder = made.node(name).folder
         others = [made.folder / path for path in SECRETS if path != f"nodes/{name}/node.key"]
@@ -44,8 +44,10 @@ def test_what_is_handed_over_holds_one_secret(made: Deployment) -> None:
         node = Node.open(folder)
         assert (node.name, node.superlink) == (name, "fed.example.org:8443")
         assert {path.name for path in folder.iterdir()} == {
-            *("node.key", "ca.crt", "node.json", "site.yaml", "README.md", "polyrank-node@.service")
+            *("node.key", "request.json", "ca.crt", "node.json", "site.yaml", "README.md", "polyrank-node@.service")
         }
+        for text in (made.answer(name).read_text(), node.request.read_text()):
+            assert "PRIVATE" not in text
 
 
 def test_every_key_is_another(made: Deployment) -> None:
@@ -55,7 +57,7 @@ def test_every_key_is_another(made: Deployment) -> None:
 
 def test_the_settings_are_read_back(made: Deployment) -> None:
     settings = Deployment.open(made.folder).settings
-    assert settings.names == NAMES
+    assert tuple(registry.names(made)) == NAMES
     assert settings.hosts == ("fed.example.org", "10.0.0.7")
     assert settings.public == "fed.example.org:8443"
     assert (settings.serverapp, settings.clientapp) == ("polyrank.deploy.server:app", "polyrank.deploy.client:app")
@@ -81,15 +83,17 @@ def test_nginx_takes_the_gateway_s_configuration(made: Deployment) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readmes_name_every_site_and_command(made: Deployment, name: str) -> None:
+def test_readmes_have_the_commands(made: Deployment, name: str) -> None:
     text = (made.folder / "README.md").read_text()
-    assert f"polyrank deploy join {name} --superlink fed.example.org:8443" in text
-    assert "$" not in text.replace("${", "")
-    assert "polyrank deploy join ." in (made.node(name).folder / "README.md").read_text()
+    assert f"polyrank deploy request NAME --federation {made.settings.federation}" in text
+    assert f"polyrank deploy add {made.folder} request.json" in text
+    assert "$" not in text
+    text = (made.node(name).folder / "README.md").read_text()
+    assert f"polyrank deploy accept . {name}.json" in text
+    assert "$" not in text
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"names": []}, "no nodes"),
     ({"names": ["a", "b c"]}, "'b c'"),
     ({"names": ["a", "../b"]}, "'../b'"),
     ({"names": ["é"]}, "'é'"),
@@ -124,31 +128,6 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="no spaces"):
         init(spaced, ["a"], ["h"])
     assert not spaced.exists()
-
-
-def test_nodes_are_added(made: Deployment) -> None:
-    before = {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()}
-    (node,) = add(made, ["late"])
-    after = Deployment.open(made.folder)
-    assert after.settings.names == (*NAMES, "late")
-    assert Node.open(node.folder).superlink == "fed.example.org:8443"
-    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
-    assert changed == {"deploy.json"}
-    for name, said in (("late", "twice"), ("a/b", "'a/b'")):
-        with pytest.raises(DeployError, match=said):
-            add(after, [name])
-
-
-def test_a_certificate_is_renewed_by_the_same_authority(made: Deployment) -> None:
-    certificate = made.folder / "server" / "server.crt"
-    old, ca = certificate.read_bytes(), made.authority.read_bytes()
-    renew(made, days=40)
-    assert certificates.expires(certificate.read_bytes()) < certificates.expires(old)
-    assert made.authority.read_bytes() == ca
-    assert stat.S_IMODE((made.folder / "server" / "server.key").stat().st_mode) == 0o600
-    (made.folder / "ca" / "ca.key").unlink()
-    with pytest.raises(DeployError, match=r"ca\.key: is not there"):
-        renew(made)
 
 
 def test_what_is_no_deployment_is_said_to_be_none(tmp_path: Path, made: Deployment) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
-from polyrank.deploy import follow, operate, supervise
+from polyrank.deploy import follow, operate, registry, supervise
 from polyrank.deploy.demo import CHECKED, set_up, tear_down
 from polyrank.deploy.layout import Deployment
 from polyrank.engines.audit import Audit
@@ -99,7 +99,7 @@ def test_a_run_survives_what_is_killed(deployment: Deployment, config: Config, t
     run = Run.create(tmp_path / "run", chosen)
     follow.submit(deployment, run)
     rng = np.random.default_rng(0)
-    nodes = [deployment.node(name) for name in deployment.settings.names]
+    nodes = [deployment.node(name) for name in registry.names(deployment)]
     kills: list[str] = []
     plan = {3: "keeper", 5: "supernode", 8: "keeper", 11: "superlink", 14: "keeper", 16: "supernode"}
     ends = time.monotonic() + 1000

@@ -34,7 +34,7 @@ def settings(unit: Path) -> dict[str, str]:
 
 
 def test_units_limit_what_a_process_may_take_and_write(made: Deployment) -> None:
-    names = ["gateway", "metrics", "superexec", "superlink"]
+    names = ["gateway", "metrics", "registrar", "superexec", "superlink"]
     assert [unit.stem for unit in units(made)] == [*(f"polyrank-{name}" for name in names), "polyrank-node@"]
     for unit in units(made):
         found = settings(unit)

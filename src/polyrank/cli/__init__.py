@@ -1,7 +1,7 @@
 """The command line, ``polyrank``: one function a command. Importing it adds the commands to `app`."""
 
 from polyrank.cli import runs, language, watching, compare, report, plans, export, merging, catalogue  # noqa: I001
-from polyrank.cli import deploy, deployed, operating, site  # in the order in which --help shows them
+from polyrank.cli import deploy, keys, deployed, operating, site  # in the order in which --help shows them
 from polyrank.cli.app import app, main
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "deploy",
     "deployed",
     "export",
+    "keys",
     "language",
     "main",
     "merging",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyrank.cli.app import Json, app, mistakes, out
+from polyrank.cli.app import Json, app, err, mistakes, out
 from polyrank.report.screen import Rows
 
 if TYPE_CHECKING:
+    from polyrank.deploy.expiry import Deadline
     from polyrank.deploy.layout import Deployment
 
 deploy = typer.Typer(
@@ -48,9 +49,9 @@ def init(
         str, typer.Option(help="Name or address of this server; others after commas. Nodes dial the first.")
     ],
     nodes: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Make this many nodes: site-1, site-2, ...")
+        int | None, typer.Option(min=1, max=10_000, help="For tests: make sites here, too: site-1, site-2, ...")
     ] = None,
-    names: Annotated[str | None, typer.Option(help="Make nodes of these names: a,b,c.")] = None,
+    names: Annotated[str | None, typer.Option(help="For tests: make sites of these names here, too: a,b,c.")] = None,
     port: Annotated[
         int, typer.Option(min=0, max=65_535, help="Of the gateway, which the sites reach; 0: a free one.")
     ] = 8443,
@@ -64,12 +65,12 @@ def init(
         int | None, typer.Option(min=0, max=65_535, help="Serve metrics on this port of loopback; 0: a free one.")
     ] = None,
 ) -> None:
-    """Make a deployment's folder: certificates, keys, configuration, and a folder to hand over to each site."""
+    """Make a deployment's folder: an authority, the server's certificate, configuration. Sites are added later."""
     with flower():
         from polyrank.deploy import provision
         from polyrank.deploy.layout import DeployError, Settings
 
-        if (nodes is None) == (names is None):
+        if nodes is not None and names is not None:
             raise DeployError("give either --nodes N or --names a,b,c")
         chosen = [part.strip() for part in names.split(",")] if names else [f"site-{i + 1}" for i in range(nodes or 0)]
         made = provision.init(
@@ -83,44 +84,14 @@ def init(
             clientapp=clientapp or Settings.clientapp,
             metrics_port=metrics_port,
         )
-        say(f"{folder}: {len(chosen)} node{'s' * (len(chosen) > 1)}, dialling {made.settings.public}")
-        say(f"next: {folder}/README.md; hand each site its folder of {folder}/nodes/")
-        say(f"then: polyrank deploy up {folder}")
-
-
-@deploy.command()
-def add(folder: Server, names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Nodes to add.")]) -> None:
-    """Make keys and folders for more nodes; registers them if the server runs."""
-    with flower():
-        from polyrank.deploy import operate, provision
-
-        found = opened(folder)
-        for node in provision.add(found, names):
-            say(f"{node.folder}: to be handed over")
-        if operate.healthy(found, found.settings.superlink_port):
-            operate.register(found)
+        say(f"{folder}: federation {made.settings.federation}, dialled as {made.settings.public}")
+        if chosen:
+            count = f"{len(chosen)} site{'s' * (len(chosen) > 1)}"
+            say(f"{count} in {folder}/nodes/, for tests on this machine alone: their private keys were made here")
         else:
-            say(f"not registered yet: `polyrank deploy up {folder}` does it")
-
-
-@deploy.command()
-def remove(folder: Server, name: Annotated[str, typer.Argument(help="The node.")]) -> None:
-    """Refuse a node from now on, because its key is lost or it has left. The server must run."""
-    with flower():
-        from polyrank.deploy import operate
-
-        operate.remove(opened(folder), name)
-        say(f"{name}: its key is refused from now on")
-
-
-@deploy.command()
-def renew(folder: Server, days: Annotated[int, typer.Option(min=1, max=36_500, help="For how long.")] = 365) -> None:
-    """Make a new key and certificate for the server; the nodes need nothing new."""
-    with flower():
-        from polyrank.deploy import provision
-
-        provision.renew(opened(folder), days)
-        say(f"valid for {days} days; `polyrank deploy down {folder}` and `up` make the server use it")
+            say(f"at each site: polyrank deploy request NAME --federation {made.settings.federation}")
+            say(f"then, here:   polyrank deploy add {folder} request.json")
+        say(f"next: polyrank deploy up {folder}; {folder}/README.md has all commands")
 
 
 @deploy.command()
@@ -132,9 +103,10 @@ def up(
 ) -> None:
     """Start the server in the background, wait until it answers, and register the nodes. May be repeated."""
     with flower():
-        from polyrank.deploy import operate
+        from polyrank.deploy import expiry, operate
 
         found = opened(folder)
+        warn(expiry.of_server(found))
         if foreground:
             operate.stay(found, say, gateway=gateway, telemetry=telemetry)
             return
@@ -156,26 +128,24 @@ def register(folder: Server) -> None:
 @deploy.command()
 def serve(
     folder: Server,
-    name: Annotated[str, typer.Argument(help="superlink, superexec, gateway or metrics.")],
+    name: Annotated[str, typer.Argument(help="superlink, superexec, registrar, gateway or metrics.")],
     telemetry: Telemetry = False,
 ) -> None:
     """Become one process of the server, in the foreground: what the systemd units run."""
     with flower():
         from polyrank.deploy import operate
 
-        operate.serve(opened(folder), name, telemetry)
+        operate.serve(opened(folder), name, say, telemetry)
 
 
 @deploy.command()
 def status(folder: Place, json_: Json = False) -> None:
-    """Show what runs, which nodes are connected, and all runs."""
+    """Show what runs, which nodes are connected, all runs, and until when certificates and keys are valid."""
     with flower():
-        from polyrank.deploy import layout, operate
+        from polyrank.deploy import expiry, layout, operate
 
         place = layout.opened(folder)
-        found: dict[str, Any] = (
-            operate.status(place) if isinstance(place, layout.Deployment) else {"processes": operate.processes(place)}
-        )
+        found = operate.status(place) if isinstance(place, layout.Deployment) else operate.status_of_node(place)
         if json_:
             print(json.dumps(found))
             return
@@ -188,8 +158,12 @@ def status(folder: Place, json_: Json = False) -> None:
             shown.add_row("run", entry["id"], entry["status"], entry["folder"])
         if "healthy" in found:
             shown.add_row("server", "answers" if found["healthy"] else "does not answer")
-            shown.add_row("certificate", f"valid for {found['certificate_days']} days")
+            shown.add_row("federation", found["federation"])
+        for deadline in found["expiry"]:
+            state = f"valid for {deadline['days']} days" if deadline["level"] != "error" else "ended"
+            shown.add_row("expiry", deadline["what"], state, deadline["until"][:10])
         out.print(shown)
+        warn(expiry.of_server(place) if isinstance(place, layout.Deployment) else expiry.of_node(place))
 
 
 @deploy.command()
@@ -247,3 +221,12 @@ def answering(folder: Path) -> Deployment:
 def say(text: str) -> None:
     """Prints a line as it is."""
     out.say(text)
+
+
+def warn(deadlines: Iterable[Deadline]) -> None:
+    """Says what ends soon, or has ended, on standard error."""
+    for deadline in deadlines:
+        if deadline.level == "error":
+            err.error(str(deadline))
+        elif deadline.level == "warning":
+            err.say(f"warning: {deadline}")

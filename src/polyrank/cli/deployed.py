@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polyrank.cli.app import Json, Quiet, Set, embedded, err, out
-from polyrank.cli.deploy import Server, Telemetry, answering, deploy, flower, say
+from polyrank.cli.deploy import Server, Telemetry, answering, deploy, flower, say, warn
 
 if TYPE_CHECKING:
     from polyrank.deploy.layout import Deployment
@@ -30,7 +30,7 @@ Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of 
 
 @deploy.command()
 def join(
-    folder: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The folder that was handed over.")],
+    folder: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The site's folder.")],
     superlink: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="The server; as in node.json if left out.")
     ] = None,
@@ -48,9 +48,11 @@ def join(
 ) -> None:
     """Start a node and keep it running, whatever it or the server ends with."""
     with flower():
+        from polyrank.deploy import expiry, layout
         from polyrank.deploy import join as joining
         from polyrank.deploy.operate import tail
 
+        warn(expiry.of_node(layout.Node.open(folder)))
         options = {"site": config, "data": data, "keep": keep, "foreground": foreground, "telemetry": telemetry}
         node = joining.join(folder, superlink, **options, check=check, shown=show)  # type: ignore[arg-type]
         if foreground:

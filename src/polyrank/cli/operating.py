@@ -31,7 +31,7 @@ def backup(
     folder: Server,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; must not exist.")],
 ) -> None:
-    """Write the server's keys, settings, database and runs into one file; the server may run meanwhile."""
+    """Write the server's keys, settings, nodes, database and runs into one file; the server may run meanwhile."""
     with flower():
         from polyrank.deploy import backup as backups
 
@@ -71,7 +71,7 @@ def metrics(folder: Server) -> None:
 def alerts(
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; must not exist.")] = Path("polyrank.yml"),
 ) -> None:
-    """Write alerts for Prometheus: no round, refusals, certificates, disks."""
+    """Write alerts for Prometheus: no round, refusals, certificates, sites' keys, disks."""
     with mistakes():
         from polyrank.deploy.layout import DeployError
         from polyrank.files import write_bytes

@@ -1,7 +1,8 @@
 """A server's folder in one file, and back from it, on another machine and under another path, too.
 
-The file is a tar archive: keys and certificates, settings, Flower's database, and runs that lie in the folder. What the
-processes make anew is not in it (``run``, ``logs``, ``models``), and neither is ``nodes``: a site's key is the site's.
+The file is a tar archive: keys and certificates, settings, the registry of nodes, Flower's database, and runs that lie
+in the folder. What the processes make anew is not in it (``run``, ``logs``, ``models``), and neither is ``nodes``: a
+site's key is the site's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing_extensions import TypedDict
 
 from polyrank import __version__
-from polyrank.deploy import provision
+from polyrank.deploy import provision, registry
 from polyrank.deploy.follow import Submission, submitted
 from polyrank.deploy.layout import DeployError, Deployment, private_folder, write_private
 from polyrank.errors import InputError
@@ -82,7 +83,9 @@ def backup(deployment: Deployment, out: Path) -> Backup:
             with tarfile.open(fileobj=file, mode="w", encoding="utf-8") as archive:
                 for path in _files(deployment.folder):
                     count += _added(archive, path, path.relative_to(deployment.folder).as_posix())
-                count += _database(archive, deployment.folder, out.parent)
+                with registry.locked(deployment):  # the nodes of both are those of one moment
+                    count += _added(archive, deployment.registry, deployment.registry.name)
+                    count += _database(archive, deployment.folder, out.parent)
                 _text(archive, _MANIFEST, json.dumps(_manifest(deployment)))
             file.flush()
             os.fsync(file.fileno())
@@ -132,7 +135,7 @@ def _files(folder: Path) -> Iterator[Path]:
         if path.relative_to(folder).parts[0] not in LEFT_OUT
         and path.is_file()
         and not path.match(TEMPORARY)
-        and not path.relative_to(folder).as_posix().startswith(_DATABASE)
+        and not path.relative_to(folder).as_posix().startswith((_DATABASE, "registry."))
     ]
     yield from sorted(found, key=lambda path: (path.suffix == ".jsonl", path))
 

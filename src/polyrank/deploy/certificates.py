@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import ipaddress
 import ssl
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -18,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
+    load_ssh_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -77,13 +81,88 @@ def node_keys(name: str) -> tuple[bytes, bytes]:
     """A node's private and public key, in OpenSSH's formats."""
     key = ec.generate_private_key(_CURVE)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    return private, public + f" {name}\n".encode()
+    return private, f"{_public_text(key.public_key())} {name}\n".encode()
+
+
+def public_key(private: bytes) -> str:
+    """The public key of a node's private key, as OpenSSH writes it, without a comment.
+
+    Raises:
+        InputError: if it is not a key as `node_keys` makes it.
+    """
+    return _public_text(_node_key(private).public_key())
+
+
+def fingerprint(public: str) -> str:
+    """Of a public key as OpenSSH writes it: ``SHA256:`` and 43 letters, as ``ssh-keygen -l`` shows it.
+
+    Raises:
+        InputError: if it is not a public key of P-384.
+    """
+    _checked_public(public)
+    return _sha256(base64.b64decode(public.split()[1]))
+
+
+def signature(private: bytes, message: bytes) -> bytes:
+    """A node's signature of a message."""
+    return _node_key(private).sign(message, ec.ECDSA(hashes.SHA384()))
+
+
+def signed_by(public: str, signature: bytes, message: bytes) -> bool:
+    """Whether a signature of a message was made with the private key of a public one.
+
+    Raises:
+        InputError: if it is not a public key of P-384, as OpenSSH writes it.
+    """
+    key = _checked_public(public)
+    try:
+        key.verify(signature, message, ec.ECDSA(hashes.SHA384()))
+    except InvalidSignature:
+        return False
+    return True
 
 
 def expires(pem: bytes) -> datetime:
     """When a certificate (PEM) ends."""
     return x509.load_pem_x509_certificate(pem).not_valid_after_utc
+
+
+def authorities(pem: bytes) -> list[bytes]:
+    """The certificates of authorities in a text, PEM, one by one.
+
+    Raises:
+        InputError: if there is none, or one that is not an authority's.
+    """
+    try:
+        held = x509.load_pem_x509_certificates(pem)
+        for each in held:
+            if not each.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+                raise ValueError("a certificate that is not an authority's")
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, UnsupportedAlgorithm) as error:
+        raise InputError(f"not certificates of an authority in PEM: {error}") from None
+    return [each.public_bytes(Encoding.PEM) for each in held]
+
+
+def authority_fingerprint(pem: bytes) -> str:
+    """Of a certificate: SHA-256 of all of it, written as that of a key."""
+    return _sha256(x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER))
+
+
+def signs(ca_key: bytes, ca_certificate: bytes) -> bool:
+    """Whether a private key (PEM) is that of a certificate."""
+    certified = x509.load_pem_x509_certificate(ca_certificate).public_key()
+    return load_pem_private_key(ca_key, None).public_key() == certified
+
+
+def issued(ca_certificate: bytes, certificate: bytes) -> bool:
+    """Whether an authority has signed a certificate."""
+    try:
+        x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(
+            x509.load_pem_x509_certificate(ca_certificate)
+        )
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
 
 
 def certificate(path: Path) -> bytes:
@@ -119,6 +198,35 @@ def signer(key: Path) -> bytes:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         pass
     raise InputError(f"{key}: not the private key that `polyrank deploy init` wrote; put it back")
+
+
+def _node_key(private: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load_ssh_private_key(private, None)
+        if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == _CURVE.name:
+            return key
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        pass
+    raise InputError("not a private key that `polyrank deploy request` wrote")
+
+
+def _checked_public(public: str) -> ec.EllipticCurvePublicKey:
+    """A public key that is written in the one way."""
+    try:
+        key = load_ssh_public_key(public.encode())
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == _CURVE.name and _public_text(key) == public:
+            return key
+    except (ValueError, UnsupportedAlgorithm):
+        pass
+    raise InputError("not a public key of P-384 as OpenSSH writes it: ecdsa-sha2-nistp384 AAAA...")
+
+
+def _public_text(key: ec.EllipticCurvePublicKey) -> str:
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def _sha256(data: bytes) -> str:
+    return "SHA256:" + base64.b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
 
 
 def _builder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from polyrank.deploy.layout import LINK, DeployError, Deployment, environment, program
@@ -45,14 +46,13 @@ def connect(deployment: Deployment) -> None:
     write_text(deployment.home / "config.toml", text)
 
 
-def register(deployment: Deployment, name: str) -> str:
-    """Makes a node's public key known under the node's name; returns the id Flower gives it."""
-    key = str(deployment.folder / "keys" / f"{name}.pub")
-    return str(flwr(deployment, "supernode", "register", key, LINK, "--name", name)["node-id"])
+def register(deployment: Deployment, key: Path, name: str) -> str:
+    """Makes the public key in a file known under a node's name; returns the id Flower gives it."""
+    return str(flwr(deployment, "supernode", "register", str(key), LINK, "--name", name)["node-id"])
 
 
 def unregister(deployment: Deployment, node_id: str) -> None:
-    """Makes a node's key unknown again: it is refused from then on."""
+    """Makes a node's key unknown again: it is refused from then on, and can never be made known again."""
     flwr(deployment, "supernode", "unregister", node_id, LINK)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from polyrank.deploy import follow, join, operate, provision
+from polyrank.deploy import follow, join, operate, provision, registry
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment
 from polyrank.deploy.site_file import read_site
 from polyrank.experiment.config import Experiment
@@ -73,7 +73,7 @@ def set_up(folder: Path, experiment: Experiment, *, gateway: bool) -> tuple[Depl
 
 def tear_down(deployment: Deployment) -> None:
     """Ends all processes of server and nodes."""
-    for name in deployment.settings.names:
+    for name in registry.names(deployment):
         operate.down(deployment.node(name))
     operate.down(deployment)
 

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import httpx
 
-from polyrank.deploy import supervise
+from polyrank.deploy import expiry, supervise
 from polyrank.deploy.certificates import trust
 from polyrank.deploy.control import plain
-from polyrank.deploy.layout import LOOPBACK, DeployError, Node, environment, free_port, program, write_private
+from polyrank.deploy.layout import ADDRESS, LOOPBACK, DeployError, Node, environment, free_port, program, write_private
 from polyrank.deploy.supervise import Service
 
 SUPERNODE, SUPEREXEC, KEEPER = "supernode", "superexec", "keeper"
 AHEAD, BEHIND = 5.0, 300.0  # seconds by which the server lets a node's clock differ
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}")
 _CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 
 
@@ -63,7 +62,7 @@ def join(
     """Starts a node and keeps it running: in the background, or here until it is told to end.
 
     Args:
-        folder: the node's, as it was handed over.
+        folder: the node's, with the server's answer in it.
         superlink: ``host:port`` of the server; as the server's operator wrote it if left out.
         site: the site's configuration; site.yaml of the folder if left out.
         data: where the site's data is, instead of where its configuration says.
@@ -76,11 +75,11 @@ def join(
 
     Raises:
         InputError: naming what of the site is not as it must be.
-        DeployError: naming what is missing, what of the server's certificate or of the clock is wrong.
+        DeployError: naming what is missing or over, what of the server's certificate or of the clock is wrong.
     """
     node = Node.open(folder)
     address, config = superlink or node.superlink, (site or node.folder / "site.yaml").resolve()
-    if not _ADDRESS.fullmatch(address):
+    if not ADDRESS.fullmatch(address):
         raise DeployError(f"{'--superlink' if superlink else node.about}: {address!r} is not host:port")
     _check(node, config, data)
     if check:
@@ -105,9 +104,9 @@ def connected(node: Node, patience: float) -> str | None:
     log, deadline = node.logs / f"{SUPERNODE}.log", time.monotonic() + patience
     while True:
         text = plain(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else ""
-        last = text.rpartition(f"] {SUPERNODE} starts\n")[2] if "[supervisor]" in text else ""
-        last = last if last else text
-        if found := _CONNECTED.search(last):
+        last = text.rpartition(f" {SUPERNODE} starts\n")[2]
+        over = "[supervisor]" in last  # of a process that has ended, and the next one has written nothing yet
+        if not over and (found := _CONNECTED.search(last)):
             return found[1]
         if time.monotonic() > deadline:
             return None
@@ -151,5 +150,8 @@ def _check(node: Node, site: Path, data: Path | None) -> None:
             raise DeployError(f"{path}: Flower cannot be told a path with quotes or backslashes")
     if node.key.stat().st_mode & 0o077:
         raise DeployError(f"{node.key}: others may read it; chmod 600 {node.key}")
+    for deadline in expiry.of_node(node):
+        if deadline.level == "error" and deadline.site is not None:
+            raise DeployError(str(deadline))
     if pid := supervise.running(node.run, supervise.SUPERVISOR):
         raise DeployError(f"{node.folder}: node {node.name} runs already (pid {pid}); `polyrank deploy down` ends it")

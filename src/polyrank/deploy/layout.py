@@ -1,10 +1,11 @@
 """What lies where in a deployment's folder and in a node's, and in what environment Flower runs there.
 
 deploy.json   settings                             app/         the app bundle: one pyproject.toml
-ca/           the authority: ca.key, ca.crt        keys/        a public key per node
-server/       certificate, key, SuperExec secret   nodes/NAME/  to be handed over to a site
+registry.json the nodes and their public keys      answers/     what is handed back to sites
+ca/           the authority: ca.key, ca.crt        server/      certificate, key, SuperExec secret
 nginx.conf    the gateway                          systemd/     units
 state/        Flower's database and home           run/, logs/  pid files; logs
+nodes/NAME/   sites of a rehearsal on this machine
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -29,6 +31,7 @@ from polyrank.files import from_json, named
 
 LINK = "deploy"  # what Flower's command line calls the SuperLink
 LOOPBACK = "127.0.0.1"
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):\d{1,5}")  # host:port
 Port = Annotated[int, Field(ge=1, le=65_535)]
 _UNLIKE = "not as `polyrank deploy init` wrote it"
 
@@ -42,21 +45,21 @@ class Settings:
     """What `init` decided.
 
     Attributes:
+        federation: the id of this deployment, which requests of sites name.
         hosts: names and addresses of the server; nodes dial the first.
         port: of the gateway, where nodes connect.
         listen: the address the gateway listens on.
         superlink_port: of the SuperLink, on loopback.
-        names: the nodes.
         serverapp: ``module:attribute`` of the installed ServerApp.
         clientapp: ``module:attribute`` of the installed ClientApp.
         metrics_port: of the metrics, on loopback; None for no metrics.
     """
 
+    federation: str
     hosts: tuple[str, ...]
     port: Port
     listen: str
     superlink_port: Port
-    names: tuple[str, ...]
     serverapp: str = "polyrank.deploy.server:app"
     clientapp: str = "polyrank.deploy.client:app"
     metrics_port: Port | None = None
@@ -113,7 +116,7 @@ class Deployment(Place):
         path = self.folder / "deploy.json"
         plain = _read(path, Settings)
         try:
-            return Settings(**{**plain, "hosts": tuple(plain["hosts"]), "names": tuple(plain["names"])})
+            return Settings(**{**plain, "hosts": tuple(plain["hosts"])})
         except TypeError as error:
             raise DeployError(f"{path}: {_UNLIKE}: {error}") from None
 
@@ -127,11 +130,25 @@ class Deployment(Place):
         return self.folder / "ca" / "ca.crt"
 
     @property
+    def certificate(self) -> Path:
+        """Of the server."""
+        return self.folder / "server" / "server.crt"
+
+    @property
     def secret(self) -> Path:
         return self.folder / "server" / "superexec.secret"
 
+    @property
+    def registry(self) -> Path:
+        """The nodes; see `polyrank.deploy.registry`."""
+        return self.folder / "registry.json"
+
+    def answer(self, name: str) -> Path:
+        """What is handed back to a site."""
+        return self.folder / "answers" / f"{name}.json"
+
     def node(self, name: str) -> Node:
-        """The folder that is made for a site."""
+        """The folder of a site in a rehearsal on this machine."""
         return Node(self.folder / "nodes" / name)
 
 
@@ -146,11 +163,16 @@ class Node(Place):
 
     @classmethod
     def open(cls, folder: Path) -> Node:
-        """A folder that was handed over.
+        """A folder that a site has made, and that has the server's answer.
 
         Raises:
             DeployError: naming what it lacks.
         """
+        if (folder / "request.json").is_file() and not (folder / "node.json").is_file():
+            raise DeployError(
+                f"{folder}: has no answer of the server yet: has no node.json; "
+                f"send {folder / 'request.json'} to its operator, then `polyrank deploy accept {folder} ANSWER`"
+            )
         for name in ("node.json", "node.key", "ca.crt"):
             if not (folder / name).is_file():
                 raise DeployError(f"{folder}: not a node's folder: has no {name}")
@@ -166,8 +188,22 @@ class Node(Place):
         return self._about()["superlink"]
 
     @property
+    def until(self) -> str | None:
+        """When its key ends, as the server's operator wrote it."""
+        return self._about().get("until")
+
+    @property
     def key(self) -> Path:
         return self.folder / "node.key"
+
+    @property
+    def next_key(self) -> Path:
+        """A key that the server does not know yet."""
+        return self.folder / "next.key"
+
+    @property
+    def request(self) -> Path:
+        return self.folder / "request.json"
 
     @property
     def authority(self) -> Path:
@@ -183,10 +219,11 @@ class Node(Place):
 
 
 class About(TypedDict):
-    """node.json: the node's name, and ``host:port`` of the server."""
+    """node.json: the node's name, ``host:port`` of the server, and when the node's key ends."""
 
     name: str
     superlink: str
+    until: NotRequired[str]
 
 
 def _read(path: Path, shape: Any) -> Any:

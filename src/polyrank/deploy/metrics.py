@@ -15,15 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
 from polyrank import __version__
-from polyrank.deploy import control, operate
-from polyrank.deploy.certificates import certificate, expires
+from polyrank.deploy import control, expiry, operate, registry
 from polyrank.deploy.exposition import Family, exposition, server
 from polyrank.deploy.follow import submitted
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment
@@ -164,7 +162,7 @@ class Metrics:
         return [
             *_about(),
             *self._server(deployment),
-            *_certificates(deployment),
+            *_deadlines(deployment),
             *self._of_runs({folder: run_id for run_id, folder in runs.items()}),
             *_disks([self.folder, *(run.folder for run in self._runs.values())], self.folder),
         ]
@@ -175,12 +173,13 @@ class Metrics:
         heard = Family("polyrank_flower_answer_timestamp_seconds", "gauge", "When Flower last said who is connected.")
         heard.add(self._heard)
         known = Family("polyrank_sites_known", "gauge", "Sites of this federation.")
-        known.add(len(deployment.settings.names))
+        names = registry.names(deployment)
+        known.add(len(names))
         connected = Family("polyrank_sites_connected", "gauge", "Sites that are connected.")
         one = Family("polyrank_site_connected", "gauge", "1 if this site is connected.")
-        states = [self._nodes.get(name) == "online" for name in deployment.settings.names]
+        states = [self._nodes.get(name) == "online" for name in names]
         connected.add(sum(states))
-        for name, state in zip(deployment.settings.names, states, strict=True):
+        for name, state in zip(names, states, strict=True):
             one.add(state, site=name)
         kept = Family("polyrank_process_up", "gauge", "1 if this process of the server runs; none under systemd.")
         for name, pid in operate.processes(deployment).items():
@@ -255,13 +254,19 @@ def _about() -> list[Family]:
     return [info]
 
 
-def _certificates(deployment: Deployment) -> list[Family]:
+def _deadlines(deployment: Deployment) -> list[Family]:
     days = Family("polyrank_certificate_days", "gauge", "Days until a certificate of the server ends.")
-    paths = {"server": deployment.folder / "server" / "server.crt", "authority": deployment.authority}
-    for name, path in paths.items():
-        left = expires(certificate(path)) - datetime.now(UTC)
-        days.add(left.total_seconds() / 86_400, certificate=name)
-    return [days]
+    keys = Family("polyrank_site_key_days", "gauge", "Days until the key of this site ends; below 0 if it has ended.")
+    left: dict[str, float] = {}
+    for deadline in expiry.of_server(deployment):
+        value = (deadline.until - deadline.now).total_seconds() / 86_400
+        if deadline.site is None:
+            days.add(value, certificate=deadline.what.removesuffix(" certificate"))
+        else:
+            left[deadline.site] = value  # the last: a site whose keys have ended more than once is there for each
+    for name, value in left.items():
+        keys.add(value, site=name)
+    return [days, keys]
 
 
 def _disks(folders: list[Path], first: Path) -> list[Family]:

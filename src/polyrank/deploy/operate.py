@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from polyrank.deploy import control, supervise
-from polyrank.deploy.certificates import certificate, expires, trust
+from polyrank.deploy import control, expiry, registry, supervise
+from polyrank.deploy.certificates import trust
 from polyrank.deploy.layout import LOOPBACK, DeployError, Deployment, Node, Place, environment, nginx, program
+from polyrank.deploy.registrar import keep, register
 from polyrank.deploy.supervise import Service
-from polyrank.experiment import shapes
-from polyrank.files import write_json, write_text
 
-SUPERLINK, SUPEREXEC, GATEWAY, METRICS = "superlink", "superexec", "gateway", "metrics"
+SUPERLINK, SUPEREXEC, REGISTRAR, GATEWAY, METRICS = "superlink", "superexec", "registrar", "gateway", "metrics"
 
 
 def services(deployment: Deployment, gateway: bool) -> list[Service]:
@@ -42,7 +42,8 @@ def services(deployment: Deployment, gateway: bool) -> list[Service]:
         *(program("flower-superexec"), "--runtime-api-address", deployment.superlink, "--root-certificates", ca),
         *("--superexec-auth-secret-file", str(deployment.secret)),
     ]
-    commands = {SUPERLINK: superlink, SUPEREXEC: superexec}
+    registrar = [program("polyrank"), "deploy", "serve", str(deployment.folder), REGISTRAR]
+    commands = {SUPERLINK: superlink, SUPEREXEC: superexec, REGISTRAR: registrar}
     if gateway:
         commands[GATEWAY] = [nginx(), "-p", str(deployment.run), "-c", str(deployment.folder / "nginx.conf")]
     if deployment.settings.metrics_port is not None:
@@ -67,8 +68,9 @@ def up(
         Ids of the nodes, by name.
 
     Raises:
-        DeployError: if it does not come up, with the last lines of its log.
+        DeployError: if its certificate or its authority has ended, or if it does not come up, with the end of its log.
     """
+    _check_certificates(deployment)
     if supervise.running(deployment.run, supervise.SUPERVISOR):
         if gateway and not (deployment.run / f"{GATEWAY}.pid").exists():
             raise DeployError(f"{deployment.folder}: runs without a gateway; `polyrank deploy down` it first")
@@ -88,8 +90,9 @@ def stay(deployment: Deployment, say: Callable[[str], None], *, gateway: bool = 
         telemetry: see `up`.
 
     Raises:
-        DeployError: if it runs already, or a port is taken.
+        DeployError: if its certificate or its authority has ended, if it runs already, or a port is taken.
     """
+    _check_certificates(deployment)
     if pid := supervise.running(deployment.run, supervise.SUPERVISOR):
         raise DeployError(f"{deployment.folder}: runs already (pid {pid}); `polyrank deploy down` ends it")
     ready = _ready(deployment, gateway)
@@ -105,6 +108,12 @@ def stay(deployment: Deployment, say: Callable[[str], None], *, gateway: bool = 
 
     threading.Thread(target=register_nodes, daemon=True).start()
     supervise.supervise(deployment.run, ready, environment(deployment.home, telemetry))
+
+
+def _check_certificates(deployment: Deployment) -> None:
+    for deadline in expiry.of_server(deployment):
+        if deadline.level == "error" and deadline.site is None:
+            raise DeployError(str(deadline))
 
 
 def _ready(deployment: Deployment, gateway: bool) -> list[Service]:
@@ -130,8 +139,8 @@ def _answering(deployment: Deployment, gateway: bool, patience: float) -> dict[s
     return register(deployment)
 
 
-def serve(deployment: Deployment, name: str, telemetry: bool = False) -> None:
-    """Becomes one process of a server, for systemd to supervise.
+def serve(deployment: Deployment, name: str, say: Callable[[str], None], telemetry: bool = False) -> None:
+    """Becomes one process of a server, for systemd to supervise; the registrar says what it does.
 
     Raises:
         DeployError: if there is no such process.
@@ -139,71 +148,60 @@ def serve(deployment: Deployment, name: str, telemetry: bool = False) -> None:
     known = {service.name: service for service in services(deployment, name == GATEWAY)}
     if name not in known:
         raise DeployError(f"{name!r}: a server's processes are {', '.join(known)} and {GATEWAY}")
+    if name == REGISTRAR:
+        keep(deployment, lambda: healthy(deployment, deployment.settings.superlink_port), say)
+        return
     service = known[name]
     os.umask(0o077)
     os.chdir(service.cwd)
     os.execve(service.command[0], list(service.command), environment(deployment.home, telemetry))
 
 
-def register(deployment: Deployment) -> dict[str, str]:
-    """Makes the keys known that the SuperLink does not know yet; returns ids of all nodes, by name."""
-    control.connect(deployment)
-    path, known = _ids_file(deployment), control.nodes(deployment)
-    ids = {name: node_id for name, node_id in node_ids(deployment).items() if node_id in known}
-    for name in deployment.settings.names:
-        if name not in ids:
-            try:
-                ids[name] = control.register(deployment, name)
-            except control.ControlError:
-                # Its id was not written down, because this was interrupted: the one that nobody has is its.
-                nameless = sorted(known.keys() - ids.values())
-                if len(nameless) != 1:
-                    raise
-                ids[name] = nameless[0]
-            write_json(path, ids)
-    return {name: ids[name] for name in deployment.settings.names}
+def remove(deployment: Deployment, name: str) -> bool:
+    """Makes a node's key refused for ever, and forgets the node; returns whether the SuperLink has been told.
 
-
-def remove(deployment: Deployment, name: str) -> None:
-    """Makes a node's key unknown, so that it is refused, and forgets the node.
+    It has not if it does not run; the registrar tells it when it does.
 
     Raises:
         DeployError: if there is no such node.
     """
-    settings = deployment.settings
-    if name not in settings.names:
-        raise DeployError(f"node {name!r}: not one of {', '.join(settings.names)}")
-    ids = node_ids(deployment)
-    if name in ids:
-        control.unregister(deployment, ids.pop(name))
-        write_json(_ids_file(deployment), ids)
-    left = tuple(other for other in settings.names if other != name)
-    write_text(deployment.folder / "deploy.json", replace(settings, names=left).written())
-    (deployment.folder / "keys" / f"{name}.pub").unlink(missing_ok=True)
+    with registry.changing(deployment) as book:
+        registry.leave(book, name, datetime.now(UTC))
+    deployment.answer(name).unlink(missing_ok=True)
+    return settle(deployment)
+
+
+def settle(deployment: Deployment) -> bool:
+    """Tells the SuperLink of the registry, if it runs; whether it does."""
+    runs = healthy(deployment, deployment.settings.superlink_port)
+    if runs:
+        register(deployment)
+    return runs
 
 
 def node_ids(deployment: Deployment) -> dict[str, str]:
-    """Ids of the nodes that were registered, by name."""
-    ids: dict[str, str] | None = shapes.read(_ids_file(deployment), dict[str, str])
-    return ids or {}
+    """Flower's ids of the nodes that were registered, by name."""
+    return {name: member["id"] for name, member in registry.read(deployment)["nodes"].items() if member["id"]}
 
 
 def online(deployment: Deployment) -> dict[str, str]:
     """The state of every node, by name: ``online``, ``offline``, ``registered`` or ``unknown``."""
     states, ids = control.nodes(deployment), node_ids(deployment)
-    return {name: states.get(ids.get(name, ""), "unknown") for name in deployment.settings.names}
+    return {name: states.get(ids.get(name, ""), "unknown") for name in registry.names(deployment)}
 
 
 def status(deployment: Deployment) -> dict[str, Any]:
-    """What runs, who is connected, and until when the certificate is valid."""
+    """What runs, who is connected, and until when certificates and keys are valid."""
     from polyrank.deploy.follow import submitted
 
-    until = expires(certificate(deployment.folder / "server" / "server.crt"))
+    deadlines = expiry.of_server(deployment)
     found: dict[str, Any] = {
+        "federation": deployment.settings.federation,
         "processes": processes(deployment),
         "healthy": healthy(deployment, deployment.settings.superlink_port),
-        "certificate_days": (until - datetime.now(UTC)).days,
-        "nodes": dict.fromkeys(deployment.settings.names, "unknown"),
+        "certificate_days": deadlines[0].days,
+        "expiry": [deadline.plain() for deadline in deadlines],
+        "nodes": dict.fromkeys(registry.names(deployment), "unknown"),
         "runs": [],
     }
     if found["healthy"]:
@@ -211,6 +209,11 @@ def status(deployment: Deployment) -> dict[str, Any]:
         found["nodes"] = online(deployment)
         found["runs"] = [{"id": i, "status": state, "folder": folders.get(i, "")} for i, state in known.items()]
     return found
+
+
+def status_of_node(node: Node) -> dict[str, Any]:
+    """What runs of a node, and until when its key and the authorities that it trusts are valid."""
+    return {"processes": processes(node), "expiry": [deadline.plain() for deadline in expiry.of_node(node)]}
 
 
 def processes(place: Place) -> dict[str, int | None]:
@@ -221,6 +224,33 @@ def processes(place: Place) -> dict[str, int | None]:
 def down(place: Place) -> list[str]:
     """Ends all processes of a server or a node that were started from its folder; returns their names."""
     return supervise.stop(place.run)
+
+
+def restart(deployment: Deployment, names: Sequence[str], patience: float = 90.0) -> list[str]:
+    """Ends processes of a server, which its supervisor starts again, and waits until the server answers.
+
+    Returns:
+        The names of those that ran; none without a supervisor, as under systemd.
+
+    Raises:
+        DeployError: if the server does not answer in time.
+    """
+    if not supervise.running(deployment.run, supervise.SUPERVISOR):
+        return []
+    before = {name: pid for name in names if (pid := supervise.running(deployment.run, name))}
+    for pid in before.values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while any(supervise.running(deployment.run, name) in (None, pid) for name, pid in before.items()):
+        if time.monotonic() > deadline:
+            raise DeployError(
+                f"{' and '.join(before)}: not started again after {patience:.0f} s; see {deployment.logs}"
+            )
+        time.sleep(0.1)
+    if SUPERLINK in before:
+        wait_healthy(deployment, deployment.settings.superlink_port, patience, SUPERLINK)
+    return list(before)
 
 
 def healthy(deployment: Deployment, port: int) -> bool:
@@ -270,10 +300,6 @@ def tail(log: Path, lines: int = 15) -> str:
     with open(log, "rb") as file:
         file.seek(max(log.stat().st_size - 400 * lines, 0))
         return "\n".join(control.plain(file.read().decode(errors="replace")).splitlines()[-lines:])
-
-
-def _ids_file(deployment: Deployment) -> Path:
-    return deployment.folder / "state" / "nodes.json"
 
 
 def _check_free(option: str, address: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""A deployment's folder: made by `init`, extended by `add`, kept valid by `renew`."""
+"""A deployment's folder: made by `init`, with nodes that `add` lets in."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import secrets
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 
 from polyrank import __version__
-from polyrank.deploy import certificates, templates
+from polyrank.deploy import certificates, enrolment, identity, registry, templates
 from polyrank.deploy.layout import DeployError, Deployment, Node, Settings, free_port, write_private
-from polyrank.files import write_bytes, write_text
+from polyrank.files import write_text
 
 PORT, SUPERLINK_PORT = 8443, 18000
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOST = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
 )
@@ -40,11 +39,12 @@ def init(
     clientapp: str = Settings.clientapp,
     metrics_port: int | None = None,
 ) -> Deployment:
-    """Makes a deployment's folder: keys, certificates, configuration, and a folder per node to hand over.
+    """Makes a deployment's folder: its authority, its server's key and certificate, configuration.
 
     Args:
         folder: of the deployment; must be empty or not exist.
-        names: of the nodes: letters, digits, - and _.
+        names: of sites that are made as well, on this machine, for a rehearsal: see `rehearse`. Sites elsewhere are
+            added when they have asked: see `add`.
         hosts: names and addresses of the server; nodes dial the first.
         port: of the gateway; 0: one that is free now.
         superlink_port: of the SuperLink, on loopback; 0: one that is free now.
@@ -60,11 +60,11 @@ def init(
     ports |= {} if metrics_port is None else {"--metrics-port": metrics_port}
     _check(folder, names, hosts, ports, listen, (serverapp, clientapp))
     settings = Settings(
+        federation=secrets.token_hex(8),
         hosts=tuple(hosts),
         port=port or free_port(),
         listen=listen,
         superlink_port=superlink_port or free_port(),
-        names=tuple(names),
         serverapp=serverapp,
         clientapp=clientapp,
         metrics_port=free_port() if metrics_port == 0 else metrics_port,
@@ -79,46 +79,77 @@ def init(
         "server/server.crt": certificate,
         "server/superexec.secret": secrets.token_bytes(48),
         **texts(deployment.folder, settings),
+        "registry.json": json.dumps({"nodes": {}, "past": []}) + "\n",
+        "deploy.json": settings.written(),
     }
-    for name in names:
-        files |= _node_files(name, settings, ca_certificate)
-    for path, content in (files | {"deploy.json": settings.written()}).items():
+    for path, content in files.items():
         write_private(deployment.folder / path, content)
-    for name in ("state", "run", "logs"):
+    for name in ("state", "run", "logs", "answers"):
         (deployment.folder / name).mkdir(mode=0o700)
+    for name in names:
+        rehearse(deployment, name)
     return deployment
 
 
-def add(deployment: Deployment, names: Sequence[str]) -> list[Node]:
-    """Makes keys and folders for more nodes; `polyrank.deploy.operate.register` makes them known to the SuperLink.
+def rehearse(deployment: Deployment, name: str) -> Node:
+    """Makes a site on this machine, in nodes/NAME, and adds it: for tests and for trying things out.
+
+    The site's private key is made here. A site elsewhere makes its own, and nobody else has it.
+    """
+    node = deployment.node(name)
+    identity.request(node.folder, name, deployment.settings.federation)
+    add(deployment, node.request)
+    return identity.accept(node.folder, enrolment.read_answer(deployment.answer(name)))
+
+
+def add(deployment: Deployment, path: Path, *, replace: bool = False, now: datetime | None = None) -> str:
+    """Lets a site in that has sent a request, and writes the answer that it gets; may be repeated.
+
+    `polyrank.deploy.registrar.register` makes the SuperLink know it.
+
+    Args:
+        deployment: the server's.
+        path: of the request.
+        replace: whether a node of this name that is there gets the request's key in place of its own.
+        now: the present.
+
+    Returns:
+        What was done, for people.
 
     Raises:
-        DeployError: if a name is taken or cannot be one.
+        DeployError: if the request is for another federation, is not valid, or cannot be met.
     """
-    settings = deployment.settings
-    check_names([*settings.names, *names])
-    for name in names:
-        for path, content in _node_files(name, settings, deployment.authority.read_bytes()).items():
-            write_private(deployment.folder / path, content)
-    write_text(deployment.folder / "deploy.json", replace(settings, names=(*settings.names, *names)).written())
-    return [deployment.node(name) for name in names]
+    request = enrolment.read_request(path)
+    if request.federation != deployment.settings.federation:
+        raise DeployError(
+            f"{path}: federation: {request.federation}: this one is {deployment.settings.federation}; the site makes "
+            "another request, with this id"
+        )
+    with registry.changing(deployment) as book:
+        done = registry.enter(book, request, path, now or datetime.now(UTC), replace=replace)
+    write_answers(deployment, [request.name])
+    return done
 
 
-def renew(deployment: Deployment, days: int = certificates.SERVER_DAYS) -> None:
-    """A new key and certificate for the server, from the same authority: nodes need nothing new.
-
-    Raises:
-        DeployError: if the authority's key is not in the folder.
-    """
-    ca_key = deployment.folder / "ca" / "ca.key"
-    if not ca_key.is_file():
-        raise DeployError(f"{ca_key}: is not there; put the authority's key back for as long as this takes")
-    signer, authority = certificates.signer(ca_key), certificates.certificate(deployment.authority)
-    key, certificate = certificates.server_certificate(signer, authority, deployment.settings.hosts, days=days)
-    for name, content in (("server.key", key), ("server.crt", certificate)):
-        path = deployment.folder / "server" / name
-        write_bytes(path, content)
+def write_answers(deployment: Deployment, names: Sequence[str] | None = None) -> list[Path]:
+    """Writes what is handed back to sites, to all of them if no names are given."""
+    nodes, authority = registry.read(deployment)["nodes"], deployment.authority.read_text(encoding="utf-8")
+    paths = []
+    for name in nodes if names is None else names:
+        answer = enrolment.Answer(
+            name=name,
+            federation=deployment.settings.federation,
+            fingerprint=certificates.fingerprint(nodes[name]["key"]),
+            until=nodes[name]["until"],
+            superlink=deployment.settings.public,
+            authority=authority,
+        )
+        path = deployment.answer(name)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_text(path, answer.written())
         path.chmod(0o600)
+        paths.append(path)
+    return paths
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -127,11 +158,8 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         DeployError: naming the first.
     """
-    if not names:
-        raise DeployError("no nodes: give --nodes N or --names a,b,c")
     for name in names:
-        if not _NAME.fullmatch(name):
-            raise DeployError(f"node {name!r}: a name is up to 64 letters, digits, - and _")
+        enrolment.check_name(name)
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
@@ -186,27 +214,10 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _node_files(name: str, settings: Settings, ca_certificate: bytes) -> dict[str, str | bytes]:
-    """What is made for a node: its folder, and its public key for the server."""
-    private, public = certificates.node_keys(name)
-    values = {"name": name, "superlink": settings.public}
-    return {
-        f"keys/{name}.pub": public,
-        f"nodes/{name}/node.key": private,
-        f"nodes/{name}/ca.crt": ca_certificate,
-        f"nodes/{name}/node.json": json.dumps(values, indent=2) + "\n",
-        f"nodes/{name}/site.yaml": _filled(templates.SITE, **values),
-        f"nodes/{name}/README.md": _filled(templates.NODE_README, **values),
-        f"nodes/{name}/polyrank-node@.service": _filled(templates.NODE_UNIT, **values),
-    }
-
-
 def texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
     """The text files of a server, by their path in its folder; they name the folder."""
     listen = f"[{settings.listen}]" if ":" in settings.listen else settings.listen
     common = {"folder": str(folder), "public": settings.public}
-    sites = "".join(_filled(templates.README_SITE, name=name, **common) for name in settings.names)
-    count = "1 node" if len(settings.names) == 1 else f"{len(settings.names)} nodes"
     return {
         "app/pyproject.toml": _filled(
             templates.APP, version=__version__, serverapp=settings.serverapp, clientapp=settings.clientapp
@@ -219,11 +230,9 @@ def texts(folder: Path, settings: Settings) -> dict[str, str | bytes]:
         ),
         "README.md": _filled(
             templates.README,
-            count=count,
-            names=", ".join(settings.names),
+            federation=settings.federation,
             port=str(settings.port),
             superlink_port=str(settings.superlink_port),
-            sites=sites,
             **common,
         ),
         **_units(folder, settings),
@@ -237,6 +246,7 @@ def _units(folder: Path, settings: Settings) -> dict[str, str | bytes]:
     described = {  # what it is, and the most memory and processor time that it may take
         "superlink": ("SuperLink", "40%", "200%"),
         "superexec": ("SuperExec", "75%", f"{90 * cores}%"),
+        "registrar": ("registrar", "512M", "100%"),
         "gateway": ("gateway", "1G", "100%"),
     }
     if settings.metrics_port is not None:

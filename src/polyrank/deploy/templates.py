@@ -162,15 +162,17 @@ limits:                        # of one task; more is refused before anything is
 NODE_README = """\
 # Node $name
 
-This folder makes a machine the node `$name` of the federation at $superlink. `node.key` is this node's identity:
-whoever has it can take part under this name. Keep it on this machine, readable by one user.
+This folder makes a machine the node `$name` of federation `$federation`. `node.key` is this node's identity:
+whoever has it can take part under this name. It was made here. Keep it on this machine, readable by one user.
 
-1. Install, in a virtual environment, from a checkout: `pip install '.[flower]'`. The code that trains is the one
-   installed here; the server sends none.
-2. Say in `site.yaml` where this site's data is, what the machine can afford, and what the site allows. Then
+1. Send `request.json` to the server's operator. It holds no secret. Tell them the key's fingerprint over another
+   channel, the telephone for example: `polyrank deploy request` has shown it, and `ssh-keygen -l -f node.key` does.
+2. Put the answer in: `polyrank deploy accept . $name.json`. Compare the authority's fingerprint in the same way.
+3. Say in `site.yaml` where this site's data is, what the machine can afford, and what the site allows. Then
    `polyrank deploy check .` loads model and data, trains a step, and says what the site will answer. It dials nobody.
-3. Keep the clock right (NTP): the server refuses a node whose clock is over 5 seconds ahead or 5 minutes behind.
-4. Start: `polyrank deploy join .`. It dials $superlink, which must be reachable; nothing dials this machine.
+   The code that trains is the one installed here (`pip install '.[flower]'`, from a checkout); the server sends none.
+4. Keep the clock right (NTP): the server refuses a node whose clock is over 5 seconds ahead or 5 minutes behind.
+5. Start: `polyrank deploy join .`. It dials the server, which must be reachable; nothing dials this machine.
 
 `polyrank deploy status .` says whether it runs, `polyrank deploy logs . --follow` what it does, and
 `polyrank deploy down .` ends it. A new run waits for you: `polyrank site runs .` shows it and what it would cost,
@@ -183,6 +185,8 @@ runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User
 | file | what it is |
 |---|---|
 | `node.key` | the private key; never leaves this machine |
+| `next.key` | while the key is rotated: the one that takes its place |
+| `request.json` | what the server's operator is sent; no secret |
 | `ca.crt` | the authority that the server's certificate is checked against |
 | `node.json` | the node's name and the server's address |
 | `site.yaml` | this site's configuration; it is not sent |
@@ -193,19 +197,19 @@ runs it, and `polyrank-node@.service` to `/etc/systemd/system/`; set in it `User
 README = """\
 # A polyrank deployment
 
-The server is dialled as $public. It has $count: $names.
+The server is dialled as $public. This is federation `$federation`: sites name it when they ask.
 
 Everything below is run by one user, in an environment with polyrank's extra `flower`. Nothing in this folder
-but `nodes/` leaves the machine.
+but `answers/` leaves the machine.
 
 ## Server
 
 ```sh
-polyrank deploy up $folder --gateway        # SuperLink, SuperExec and nginx; registers the nodes' keys
-polyrank deploy status $folder              # processes, nodes, runs, and until when the certificate is valid
+polyrank deploy up $folder --gateway        # SuperLink, SuperExec, registrar and nginx; registers the nodes' keys
+polyrank deploy status $folder              # processes, nodes, runs, and until when certificates and keys are valid
 polyrank deploy run $folder FILE.yaml       # a run, followed to its end
 polyrank deploy resume $folder runs/NAME    # follows a run again, or continues it
-polyrank deploy logs $folder superlink      # or superexec, gateway, supervisor
+polyrank deploy logs $folder superlink      # or superexec, registrar, gateway, supervisor
 polyrank deploy backup $folder --out FILE   # keys, database and runs in one file; `restore` makes a folder of it
 polyrank deploy down $folder                # ends all of it; a later `up` goes on with the same nodes
 ```
@@ -214,7 +218,7 @@ With systemd instead of `up`:
 
 ```sh
 sudo cp $folder/systemd/*.service /etc/systemd/system/
-sudo systemctl enable --now polyrank-superlink polyrank-superexec polyrank-gateway
+sudo systemctl enable --now polyrank-superlink polyrank-superexec polyrank-registrar polyrank-gateway
 polyrank deploy register $folder
 ```
 
@@ -223,24 +227,24 @@ whoever reaches it can start runs.
 
 ## Sites
 
-Hand each site its folder of `nodes/`, over a channel that only its operator can read, then delete it here; the server
-needs the public keys in `keys/` alone.
+A site makes its key itself, and sends a request, which holds no secret:
 
-$sites
+```sh
+polyrank deploy request NAME --federation $federation --out NAME      # at the site; sends NAME/request.json
+polyrank deploy add $folder request.json                              # here; compare the fingerprint with the site's
+polyrank deploy accept NAME NAME.json                                 # at the site, with NAME.json of answers/
+polyrank deploy join NAME                                             # at the site
+```
+
 ## Keys
 
 | file | what it is | when it is lost or known to others |
 |---|---|---|
-| `ca/ca.key` | signs certificates; `polyrank deploy renew` alone needs it: keep it elsewhere | make a new deployment |
-| `server/server.key` | the server's identity | `polyrank deploy renew` |
+| `ca/ca.key` | signs certificates, for `renew` alone: keep it elsewhere | `polyrank deploy renew --authority new` |
+| `server/server.key` | the server's identity | `polyrank deploy renew $folder` |
 | `server/superexec.secret` | lets SuperExec take work from SuperLink | replace the file, restart |
-| `nodes/NAME/node.key` | a node's identity | `polyrank deploy remove $folder NAME`, then `add` |
-"""
+| `node.key`, at a site | a node's identity | `polyrank deploy remove $folder NAME` |
 
-README_SITE = """\
-```sh
-scp -r $folder/nodes/$name SITE:           # then, on the machine of $name:
-polyrank deploy join $name --superlink $public --config $name/site.yaml
-```
-
+A site whose key was removed, or has ended, makes another: `polyrank deploy request NAME --rotate`. Then it is added
+again.
 """
