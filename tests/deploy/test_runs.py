@@ -137,7 +137,10 @@ def test_a_server_survives_its_processes_and_ends_when_told(apps: None, tmp_path
         trees = {each for pid in pids for each in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))}
     finally:
         ended = [operate.down(place) for place in (node, found)]
-    assert ended == [["supervisor", "superexec", "supernode"], ["supervisor", "superexec", "superlink"]]
+    assert ended == [
+        ["supervisor", "superexec", "supernode"],
+        ["supervisor", "registrar", "superexec", "superlink"],
+    ]
     assert len(trees) >= 6
     assert not [each for each in trees if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert "does not answer" in call("run", found.folder, EXPERIMENT, "--out", tmp_path / "b").stderr
