@@ -60,11 +60,10 @@ def test_a_run_is_followed_to_its_end(deployment: Deployment, tmp_path: Path) ->
     assert again.exit_code == 0
     assert json.loads(again.stdout)["method"] == "toy"
     states = json.loads(call("status", deployment.folder, "--json").stdout)
-    assert {"id": states["runs"][-1]["id"], "status": "finished:completed", "folder": str(tmp_path / "a")} in states[
-        "runs"
-    ]
+    (mine,) = (run for run in states["runs"] if run["folder"] == str(tmp_path / "a"))
+    assert mine["status"] == "finished:completed"
     assert states["nodes"]["alpha"] == "online"
-    assert "flwr-serverapp" in call("logs", deployment.folder, states["runs"][0]["id"]).stdout
+    assert "flwr-serverapp" in call("logs", deployment.folder, mine["id"]).stdout
 
 
 def test_a_server_that_raises_is_an_error_that_says_why(deployment: Deployment, tmp_path: Path) -> None:
