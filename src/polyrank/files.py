@@ -128,37 +128,48 @@ def decoded(data: bytes) -> str:
         ) from None
 
 
-def from_json(text: str | bytes, **options: Any) -> Any:
-    """The value of a JSON text.
+def from_json(
+    text: str | bytes, *, finite: bool = False, unique: bool = False, characters: bool = False, **options: Any
+) -> Any:
+    r"""The value of a JSON text.
+
+    Args:
+        text: in JSON.
+        finite: refuses NaN and infinite numbers, which Python reads and JSON does not have.
+        unique: refuses an object that has a key twice.
+        characters: refuses halves of characters, such as ``\ud800``. Our own files have them, for bytes of a path that
+            are no UTF-8.
+        options: of `json.loads`.
 
     Raises:
-        ValueError: if it is not JSON, nested too deeply, or has a whole number that is too long.
+        ValueError: if it is not JSON, nested too deeply, has a whole number that is too long, or what is refused.
     """
+    if finite:
+        options["parse_constant"] = _no_number
+    if unique:
+        options["object_pairs_hook"] = _object
     try:
         value = json.loads(text, **options)
+        if characters and ("\\u" if isinstance(text, str) else b"\\u") in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a character, which no text has") from None
     _check_size(value, math.inf)
     return value
 
 
-def check_characters(value: Any, text: str) -> None:
-    r"""Refuses halves of characters in a value from JSON, which ``\ud800`` is: no text can hold them.
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number, and is not JSON")
 
-    Our own files have them, for bytes of a path that are no UTF-8.
 
-    Args:
-        value: from JSON.
-        text: the JSON.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds half of a character, which no text has") from None
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.80} is given twice")
+    return value
 
 
 def from_yaml(text: str, loader: Any = yaml.SafeLoader) -> Any:

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import resource
 import sqlite3
 import stat
 import subprocess
@@ -21,6 +20,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed")
 
+from disk import limited
 from polyrank.cli import app
 from polyrank.deploy import operate, registry, supervise
 from polyrank.deploy.backup import backup, restore
@@ -205,17 +205,6 @@ def test_mistakes_are_said(made: Deployment, tmp_path: Path) -> None:
     ):
         done = call(*arguments)
         assert (done.exit_code, said in done.stderr) == (2, True), done.output
-
-
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: what the system itself refuses."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_named_by_the_file(made: Deployment, tmp_path: Path) -> None:

@@ -107,6 +107,18 @@ class Lines:
         return [self.waiting.pop(name) for name in list(self.waiting) if name in messages]
 
 
+def return_after(lines: Lines, looks: int) -> None:
+    """All clients are back once the server has looked so often for answers."""
+    receive, left = lines.receive, iter(range(looks - 1, -1, -1))
+
+    def returning(messages: Collection[str]) -> list[Reply]:
+        if next(left, None) == 0:
+            lines.away = set()
+        return receive(messages)
+
+    lines.receive = returning  # type: ignore[method-assign]
+
+
 def remote(lines: Lines, folder: Path, terms: Terms = FAST, secret: bytes = b"s", **more: Any) -> Remote:
     audit = Audit(folder / "audit.jsonl")
     return Remote(lines, {"kind": "text"}, "base", terms, audit, lambda query, state: {"q": 1.0}, secret, **more)
@@ -219,15 +231,7 @@ def test_a_client_that_is_away_is_waited_for_and_may_return_elsewhere(tmp_path: 
     tasks = tasks_of(clients, state)
     lines.away = {"c2"}
     assert list(clients.profiles()) == ["c1"]
-    receive, looks = lines.receive, []
-
-    def returning(messages: Collection[str]) -> list[Reply]:
-        looks.append(len(messages))
-        if len(looks) == 3:
-            lines.away = set()
-        return receive(messages)
-
-    lines.receive = returning  # type: ignore[method-assign]
+    return_after(lines, looks=3)
     assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
     before = len(lines.sent)
     lines.clients["c2"] = Site(7)  # restarted: another address, so it is asked anew what it is
@@ -384,15 +388,7 @@ def test_who_is_away_is_given_time_to_come_back_where_the_quorum_is_there(tmp_pa
     clients = remote(lines, tmp_path, replace(FAST, deadline=30, quorum=0.5, grace=30))
     tasks = tasks_of(clients, state)
     lines.away = {"c2"}
-    receive, looks = lines.receive, []
-
-    def returning(messages: Collection[str]) -> list[Reply]:
-        looks.append(len(messages))
-        if len(looks) == 3:
-            lines.away = set()
-        return receive(messages)
-
-    lines.receive = returning  # type: ignore[method-assign]
+    return_after(lines, looks=3)
     assert [update.client for update in clients.fit(tasks)] == ["c1", "c2"]
 
 

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import resource
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from disk import limited
 from polyrank.cli import app
 
 Config = dict[str, Any]
@@ -46,17 +46,6 @@ def full(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         yield count
-
-
-@contextmanager
-def limited(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: what the system itself refuses."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="module")

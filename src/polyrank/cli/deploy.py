@@ -105,13 +105,13 @@ def up(
     with flower():
         from polyrank.deploy import expiry, operate
 
-        found = opened(folder)
-        warn(expiry.of_server(found))
+        deployment = opened(folder)
+        warn(expiry.of_server(deployment))
         if foreground:
-            operate.stay(found, say, gateway=gateway, telemetry=telemetry)
+            operate.stay(deployment, say, gateway=gateway, telemetry=telemetry)
             return
-        ids = operate.up(found, gateway=gateway, telemetry=telemetry)
-        reached = found.settings.public if gateway else f"{found.superlink}, from this machine alone"
+        ids = operate.up(deployment, gateway=gateway, telemetry=telemetry)
+        reached = deployment.settings.public if gateway else f"{deployment.superlink}, from this machine alone"
         say(f"SuperLink answers; {len(ids)} nodes registered; reached as {reached}")
 
 
@@ -145,21 +145,21 @@ def status(folder: Place, json_: Json = False) -> None:
         from polyrank.deploy import expiry, layout, operate
 
         place = layout.opened(folder)
-        found = operate.status(place) if isinstance(place, layout.Deployment) else operate.status_of_node(place)
+        report = operate.status(place) if isinstance(place, layout.Deployment) else operate.status_of_node(place)
         if json_:
-            print(json.dumps(found))
+            print(json.dumps(report))
             return
         shown = Rows(show_header=False)
-        for name, pid in found["processes"].items():
+        for name, pid in report["processes"].items():
             shown.add_row("process", name, f"pid {pid}" if pid else "does not run")
-        for name, state in found.get("nodes", {}).items():
+        for name, state in report.get("nodes", {}).items():
             shown.add_row("node", name, state)
-        for entry in found.get("runs", []):
+        for entry in report.get("runs", []):
             shown.add_row("run", entry["id"], entry["status"], entry["folder"])
-        if "healthy" in found:
-            shown.add_row("server", "answers" if found["healthy"] else "does not answer")
-            shown.add_row("federation", found["federation"])
-        for deadline in found["expiry"]:
+        if "healthy" in report:
+            shown.add_row("server", "answers" if report["healthy"] else "does not answer")
+            shown.add_row("federation", report["federation"])
+        for deadline in report["expiry"]:
             state = f"valid for {deadline['days']} days" if deadline["level"] != "error" else "ended"
             shown.add_row("expiry", deadline["what"], state, deadline["until"][:10])
         out.print(shown)
@@ -212,10 +212,10 @@ def answering(folder: Path) -> Deployment:
     from polyrank.deploy.layout import DeployError
     from polyrank.deploy.operate import healthy
 
-    found = opened(folder)
-    if not healthy(found, found.settings.superlink_port):
+    deployment = opened(folder)
+    if not healthy(deployment, deployment.settings.superlink_port):
         raise DeployError(f"{folder}: the server does not answer; `polyrank deploy up {folder}` starts it")
-    return found
+    return deployment
 
 
 def say(text: str) -> None:

@@ -53,13 +53,13 @@ def request(
         if renew_ or rotate_:
             if federation is not None:
                 raise DeployError("--federation: is in the folder's request.json already; leave it out")
-            made = (identity.renew if renew_ else identity.rotate)(place, name, days)
+            application = (identity.renew if renew_ else identity.rotate)(place, name, days)
         elif federation is None:
             raise DeployError("--federation: missing: the id that `polyrank deploy status` on the server shows")
         else:
-            made = identity.request(place, name, federation, days)
+            application = identity.request(place, name, federation, days)
         say(f"{place / 'request.json'}: send it to the server's operator; it holds no secret")
-        say(f"key {made.fingerprint}, until {made.until[:10]}: tell the operator over another channel")
+        say(f"key {application.fingerprint}, until {application.until[:10]}: tell the operator over another channel")
         say(f"then: polyrank deploy accept {place} ANSWER.json")
 
 
@@ -77,14 +77,14 @@ def add(
         from polyrank.deploy import operate, provision
         from polyrank.deploy.enrolment import read_request
 
-        found, asked = opened(folder), read_request(file)
-        say(f"{asked.name}: key {asked.fingerprint}, valid until {asked.until[:10]}")
-        _compare(file, asked.fingerprint, [fingerprint] if fingerprint else [], "the site's operator")
-        say(f"{asked.name}: {provision.add(found, file, replace=replace)}")
-        if not operate.settle(found):
+        deployment, application = opened(folder), read_request(file)
+        say(f"{application.name}: key {application.fingerprint}, valid until {application.until[:10]}")
+        _compare(file, application.fingerprint, [fingerprint] if fingerprint else [], "the site's operator")
+        say(f"{application.name}: {provision.add(deployment, file, replace=replace)}")
+        if not operate.settle(deployment):
             say(f"the server does not run; `polyrank deploy up {folder}` registers it")
-        say(f"send back {found.answer(asked.name)}; it holds no secret")
-        for authority in _authorities(found.authority):
+        say(f"send back {deployment.answer(application.name)}; it holds no secret")
+        for authority in _authorities(deployment.authority):
             say(f"authority {authority}: tell the site over another channel")
 
 
@@ -119,8 +119,9 @@ def remove(folder: Server, name: Annotated[str, typer.Argument(help="The node.")
     with flower():
         from polyrank.deploy import operate
 
-        told = operate.remove(opened(folder), name)
-        say(f"{name}: its key is refused" + (" from now on" if told else f"; `polyrank deploy up {folder}` does it"))
+        immediate = operate.remove(opened(folder), name)
+        when = " from now on" if immediate else f"; `polyrank deploy up {folder}` does it"
+        say(f"{name}: its key is refused{when}")
 
 
 @deploy.command()
@@ -135,23 +136,23 @@ def renew(
     with flower():
         from polyrank.deploy import operate, renewal
 
-        found = opened(folder)
+        deployment = opened(folder)
         if authority in (Step.NEW, Step.DROP):
             steps = {Step.NEW: renewal.new_authority, Step.DROP: renewal.drop_authority}
-            steps[authority](found)
-            for trusted in _authorities(found.authority):
+            steps[authority](deployment)
+            for trusted in _authorities(deployment.authority):
                 say(f"trusted: authority {trusted}")
-            say(f"hand {found.folder / 'answers'}/*.json to the sites: `polyrank deploy accept`, then restart")
+            say(f"hand {deployment.folder / 'answers'}/*.json to the sites: `polyrank deploy accept`, then restart")
             if authority is Step.NEW:
                 say(f"once all have: polyrank deploy renew {folder} --authority use")
             return
         if authority is Step.USE:
-            renewal.use_authority(found, days)
+            renewal.use_authority(deployment, days)
             say(f"valid for {days} days; `polyrank deploy down {folder}` and `up` make the server use it")
             return
-        renewal.renew(found, days)
+        renewal.renew(deployment, days)
         say(f"valid for {days} days")
-        if ended := operate.restart(found, (operate.SUPERLINK, operate.GATEWAY)):
+        if ended := operate.restart(deployment, (operate.SUPERLINK, operate.GATEWAY)):
             say(f"{' and '.join(ended)} started again with it; nodes and runs go on")
         else:
             say(f"the next `polyrank deploy up {folder}` uses it; with systemd, restart superlink and gateway")

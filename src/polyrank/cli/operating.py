@@ -35,9 +35,10 @@ def backup(
     with flower():
         from polyrank.deploy import backup as backups
 
-        made = backups.backup(opened(folder), out)
-        say(f"{out}: {made.files} files, {made.nbytes} bytes, with the server's keys: keep it where nobody reads it")
-        for run in made.elsewhere:
+        archive = backups.backup(opened(folder), out)
+        size = f"{archive.files} files, {archive.nbytes} bytes"
+        say(f"{out}: {size}, with the server's keys: keep it where nobody reads it")
+        for run in archive.elsewhere:
             say(f"not in it, because it is not in {folder}: {run}")
 
 

@@ -44,8 +44,8 @@ def runs(folder: Place, json_: Json = False) -> None:
         for id_, each in known.items():
             run, cost = each.run, cost_text(each.epsilon)
             out.say(f"{id_}  {each.state} ({each.why})")
-            asked = f"{run.rounds} rounds of {run.method}, {run.nbytes:,} bytes a round each way at most"
-            out.say(f"  {run.name or 'without a name'}: {run.by} asks for {asked}; {cost}")
+            extent = f"{run.rounds} rounds of {run.method}, {run.nbytes:,} bytes a round each way at most"
+            out.say(f"  {run.name or 'without a name'}: {run.by} asks for {extent}; {cost}")
         if paused is not None:
             out.say(f"paused: {paused}; `polyrank site resume {folder}`")
         out.say(budget_of(folder))
@@ -100,11 +100,11 @@ def log(
     with mistakes():
         from polyrank.engines.audit import Journal
 
-        found = list(Journal(file_of(folder).with_name("history.jsonl")).lines())[-lines:]
+        tail = list(Journal(file_of(folder).with_name("history.jsonl")).lines())[-lines:]
         if json_:
-            print(json.dumps(found))
+            print(json.dumps(tail))
             return
-        for line in found:
+        for line in tail:
             out.say("  ".join(_words(line)))
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from polyrank.data.source import DataError
 from polyrank.errors import shortened
-from polyrank.files import check_characters, from_json, read_text
+from polyrank.files import from_json, read_text
 
 
 def first_keys(path: Path) -> list[str]:
@@ -59,30 +59,16 @@ def _is_array(path: Path) -> bool:
 
 
 def _array(path: Path) -> list[Any]:
-    return list(_value(read_text(path)))
+    return list(from_json(read_text(path), unique=True, characters=True))
 
 
 def _lines(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate((line for line in lines if not line.isspace()), 1):
             try:
-                yield _value(line)
+                yield from_json(line, unique=True, characters=True)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from None
-
-
-def _value(text: str) -> Any:
-    value = from_json(text, object_pairs_hook=_once)
-    check_characters(value, text)
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return found
 
 
 def _texts(path: Path, name: str, values: list[Any]) -> pa.Array:

@@ -35,7 +35,7 @@ class Document:
         if not self.path.exists():
             return {}
         try:
-            value = from_json(self.path.read_bytes(), parse_constant=_no_constant)
+            value = from_json(self.path.read_bytes(), finite=True)
         except ValueError as error:
             raise InputError(f"{self.path}: not as it was written, so it is not used: {error}") from None
         if not isinstance(value, dict):
@@ -55,7 +55,3 @@ class Document:
                 os.fsync(folder)  # the name of the new file, as well
             finally:
                 os.close(folder)
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")

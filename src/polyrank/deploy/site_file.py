@@ -11,9 +11,8 @@ from polyrank.deploy.consent import Approve
 from polyrank.deploy.policy import BudgetConfig, LimitsConfig, PolicyConfig
 from polyrank.experiment.components import Processes, Strict, entry_model, union_of
 from polyrank.experiment.config import ConfigError, PrivacyConfig, Resources
-from polyrank.experiment.loading import anchored, located, read_yaml, validated
+from polyrank.experiment.loading import anchored, located, validated, yaml_of
 from polyrank.experiment.tables import DATASETS
-from polyrank.files import read_text
 
 DataConfig = union_of(entry_model(name, function) for name, function in DATASETS.items())
 
@@ -90,12 +89,7 @@ def read_site(path: Path, data: Path | None = None) -> SiteConfig:
     Raises:
         ConfigError: naming the file, the key, the value and what would be valid.
     """
-    try:
-        raw = read_yaml(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    raw = yaml_of(path)
     if data is not None:
         if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict) or "train" not in raw["data"]:
             raise ConfigError(f"{path}: data.train: missing, which --data {data} would replace")

@@ -131,18 +131,18 @@ class Attendance:
         clients = {c: met.planned for c, met in here.items() if c not in out and met.planned is not None}
         return Present(clients, out, len(here))
 
-    def failed(self, client: Client, round_: int, reason: str) -> None:
+    def note_failure(self, client: Client, round_: int, reason: str) -> None:
         """A client has not done its part of a round."""
         self._failed[client] += 1
         if self._failed[client] >= self.failures:
             times = f"{self._failed[client]} rounds" if self._failed[client] > 1 else "a round"
             self._leave_out(client, round_, f"has failed {times} in a row, the last time because: {reason}")
 
-    def did(self, client: Client) -> None:
+    def note_success(self, client: Client) -> None:
         """A client has done its part of a round."""
         del self._failed[client]
 
-    def declined(self, client: Client, round_: int, reason: str) -> None:
+    def note_refusal(self, client: Client, round_: int, reason: str) -> None:
         """A client does not take part; it is asked again later whether it does."""
         if client in self._met:
             self._met[client] = replace(self._met[client], address=_AWAY)
@@ -186,7 +186,7 @@ class Attendance:
             self.audit.note("failed", -1, client, reason=error)
             return
         if (reason := refusal_of(reply.blob, digest(hello.asked))) is not None:
-            self.declined(client, -1, reason)
+            self.note_refusal(client, -1, reason)
             return
         stated, before = decode_profile(reply.blob, hello.asked, self.base), self._met.get(client)
         if before is not None and before.stated == stated and client in self._left_out:

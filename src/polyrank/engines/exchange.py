@@ -195,9 +195,9 @@ class Remote:
         flight = _Round(round_, sent, terms.needed(len(tasks)))
         self._collect(flight)
         for client in flight.updates:
-            self.attendance.did(client)
+            self.attendance.note_success(client)
         for client, reason in flight.faults.items():
-            self.attendance.failed(client, round_, reason)
+            self.attendance.note_failure(client, round_, reason)
         if len(flight.updates) < (enough := terms.enough(flight.needed)):
             raise TooFewError(
                 f"round {round_}: {len(flight.updates)} of {flight.needed} clients have answered within "
@@ -269,14 +269,14 @@ class Remote:
                 if client is None:
                     continue
                 if reply.blob is None:
-                    self.attendance.failed(client, round_, self._note_failure(round_, client, reply))
+                    self.attendance.note_failure(client, round_, self._note_failure(round_, client, reply))
                 else:
                     yield client, reply.blob
             if waiting:
                 time.sleep(self.terms.poll)
         for client in waiting.values():
             self.audit.note("unanswered", round_, client)
-            self.attendance.failed(client, round_, f"no answer within {self.terms.deadline:g} s")
+            self.attendance.note_failure(client, round_, f"no answer within {self.terms.deadline:g} s")
 
     def _collect(self, flight: _Round) -> None:
         """Asks, and asks again those who failed, until enough have answered or the time is up."""
@@ -332,7 +332,7 @@ class Remote:
         flight.out.add(client)
         flight.declined += 1
         flight.needed = min(flight.needed, len(flight.sent) - flight.declined)
-        self.attendance.declined(client, flight.number, reason)
+        self.attendance.note_refusal(client, flight.number, reason)
 
     def _accept(self, flight: _Round, client: Client, blob: bytes) -> None:
         sent = flight.sent[client]

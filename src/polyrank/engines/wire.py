@@ -116,7 +116,7 @@ def opened(blob: bytes, kind: str, most: int = SMALL) -> tuple[dict[str, Any], b
         text = unpacker.decompress(blob[_FRAME.size : start], most + 1)
         if len(text) > most or not unpacker.eof or unpacker.unused_data:
             raise WireError(f"its header is longer than {most} bytes, or cut short")
-        header = from_json(text, parse_constant=_no_constant)
+        header = from_json(text, finite=True)
     except (zlib.error, ValueError) as error:
         raise WireError(f"its header cannot be read: {error}") from None
     if not isinstance(header, dict):
@@ -388,7 +388,3 @@ def shown(value: Any, most: int = 80) -> str:
     """What a message holds where something else is due, in few characters; lists and objects by their type alone."""
     plain = value is None or isinstance(value, str | int | float)
     return repr(value)[:most] if plain else f"a {type(value).__name__}"
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")

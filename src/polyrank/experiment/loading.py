@@ -67,14 +67,23 @@ def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
     return raw
 
 
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's mapping, laid over that of the file it ``extends``."""
+def yaml_of(path: Path) -> Any:
+    """The value of a YAML file.
+
+    Raises:
+        ConfigError: if it cannot be read, or is not YAML.
+    """
     try:
-        raw = read_yaml(read_text(path))
+        return read_yaml(read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's mapping, laid over that of the file it ``extends``."""
+    raw = yaml_of(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping with keys {', '.join(Experiment.model_fields)}")
     if "extends" not in raw:

@@ -37,10 +37,10 @@ def filled_up(base: Base, splits: Mapping[str, Split], width: int) -> dict[str, 
         splits: the first one that has texts asks.
         width: positions of the longest text there can be.
     """
-    asking = next((split for split in splits.values() if len(split)), None)
-    if asking is None or isinstance(asking, ImageSplit):
+    sample = next((split for split in splits.values() if len(split)), None)
+    if sample is None or isinstance(sample, ImageSplit):
         return dict(splits)
-    padding = padding_of(base, asking, width)
+    padding = padding_of(base, sample, width)
     if padding.side == "left":
         _log.warning("%s: texts are filled up on the left: on the right, their logits change", base.info.base)
     if padding.width is not None:

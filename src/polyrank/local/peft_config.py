@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.errors import InputError
-from polyrank.files import check_characters, from_json
+from polyrank.files import from_json
 from polyrank.local.patterns import check_patterns, is_literal
 
 CONFIG = "adapter_config.json"
@@ -250,9 +250,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: has more than {MOST_BYTES:,} bytes, which no {path.name} needs")
     check_pointer(path, data)
     try:
-        text = data.decode("utf-8-sig")
-        value = from_json(text, parse_constant=_constant, object_pairs_hook=_once)
-        check_characters(value, text)
+        value = from_json(data.decode("utf-8-sig"), finite=True, unique=True, characters=True)
     except UnicodeError as error:
         raise AdapterError(f"{path}: not text in UTF-8: {error}") from None
     except ValueError as error:
@@ -266,18 +264,6 @@ def check_pointer(path: Path, start: bytes) -> None:
     """Refuses what git-lfs leaves in place of a file: `start` are its first bytes."""
     if start.startswith(_LFS):
         raise AdapterError(f"{path}: a pointer of git-lfs, not the file; `git lfs pull` in its folder fetches it")
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{_shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
-    return value
 
 
 def _shown(value: Any, quote: str = "'") -> str:
